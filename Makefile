@@ -1,0 +1,46 @@
+# Every target sets itself up from a fresh clone. `make` or `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-gpu lint wheel bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+run: $(VENV)/run ## fine-tune the embedded default on the CPU; ARGS="key=value ..." changes it
+	$(PY) -m automodel.run $(ARGS)
+
+test: $(VENV)/test ## run the tests that need no GPU; ARGS="-k name" chooses some
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests --ignore=tests/gpu $(ARGS)
+
+test-gpu: ## run the tests that need a CUDA device, with the interpreter PYTHON and what it has installed
+	$(PYTHON) -m pytest tests/gpu $(ARGS)
+
+lint: $(VENV)/test ## check style and formatting
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+wheel: $(VENV)/test ## build the wheel into dist/
+	rm -rf build dist
+	$(PY) -m build --wheel --no-isolation --outdir dist .
+
+bench: $(VENV)/test ## measure start-up times and the cost of a step
+	OMP_NUM_THREADS=1 $(PY) benchmarks/startup.py
+
+clean: ## remove what the targets above built
+	rm -rf $(VENV) build dist *.egg-info
+
+# torch first: with the constraint it is the tried version, and nothing else pulls in another.
+$(VENV)/run: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("automodel needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/test: $(VENV)/run
+	$(PIP) --editable '.[test]' setuptools wheel
+	touch $@

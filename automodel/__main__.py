@@ -1,0 +1,28 @@
+"""The console script ``automodel VERB ...``; ``python -m automodel.VERB`` is the same."""
+
+from __future__ import annotations
+
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+
+VERBS = {"run": "train, as a recipe and the configuration say"}
+
+
+def main() -> None:
+    """Hand the command line to the module of its verb."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print("automodel VERB [key=value ...]\n\nVerbs")
+        print("\n".join(f"  {verb:<10}{meaning}" for verb, meaning in VERBS.items()))
+        return
+    verb = sys.argv[1]
+    if verb not in VERBS:
+        near = get_close_matches(verb, VERBS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"error: {verb} is not a verb; there are: {', '.join(VERBS)}{hint}", file=sys.stderr)
+        sys.exit(2)
+    import_module(f"automodel.{verb}").main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Training checkpoints: all that is needed to go on, visible only once complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from automodel.distributed.ordering import run_on_main
+from automodel.logs import get_logger
+from automodel.types import UserError
+
+log = get_logger(__name__)
+
+MANIFEST = "manifest.json"
+PROGRESS = "progress.json"
+_STEP_FOLDER = re.compile(r"step_(\d{8})")
+
+
+@dataclass
+class TrainState:
+    """The objects whose state a checkpoint holds."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+
+
+class Checkpointer:
+    """Writes and reads ``checkpoints/step_XXXXXXXX`` under a run directory; every rank calls every method."""
+
+    def __init__(self, folder: Path, *, keep_last: int | None) -> None:
+        self.folder = folder
+        self.keep_last = keep_last
+
+    def save(self, state: TrainState, *, progress: dict[str, Any], rng: dict[str, Any]) -> Path:
+        """Write a complete checkpoint of step ``progress["step"]``, then move ``latest`` to it.
+
+        Args:
+            progress: small JSON facts: ``step``, the length of the metrics file, what decides the data's order.
+            rng: the state of this rank's random generators.
+        """
+        final = self.folder / f"step_{progress['step']:08d}"
+        partial = self.folder / f".{final.name}.partial"
+        run_on_main(lambda: _make_empty(partial))
+        dcp.save(_app_state(state) | {f"rng_{dist.get_rank()}": rng}, checkpoint_id=partial)
+        run_on_main(lambda: self._publish(partial, final, progress))
+        return final
+
+    def newest(self) -> Path | None:
+        """Return the newest complete checkpoint, or None; says why it passes over a newer one."""
+        return run_on_main(self._newest_complete)
+
+    def load(self, folder: Path, state: TrainState) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Put the state of ``folder`` in place.
+
+        Returns:
+            (progress as saved, this rank's random state or None where it was saved on fewer ranks).
+
+        Raises:
+            UserError: the folder is incomplete or damaged, or belongs to another model.
+        """
+        problem = run_on_main(lambda: damage(folder))
+        if problem:
+            raise UserError(f"checkpoint.resume={folder}: {problem}")
+        progress = json.loads((folder / PROGRESS).read_text())
+        app = _app_state(state)
+        rank = dist.get_rank()
+        if rank < progress["world_size"]:
+            app[f"rng_{rank}"] = {}
+            app[f"rng_{rank}"] = _saved_keys(folder, f"rng_{rank}")
+        try:
+            dcp.load(app, checkpoint_id=folder)
+        except dcp.api.CheckpointException as error:
+            first = next(iter(error.failures.values()))[0]
+            raise UserError(f"checkpoint.resume={folder} does not fit this model: {first}") from error
+        set_state_dict(
+            state.model, state.optimizer, model_state_dict=app["model"], optim_state_dict=app["optimizer"]
+        )
+        state.lr_scheduler.load_state_dict(app["lr_scheduler"])
+        return progress, app.get(f"rng_{rank}")
+
+    def _publish(self, partial: Path, final: Path, progress: dict[str, Any]) -> None:
+        (partial / PROGRESS).write_text(json.dumps(progress | {"world_size": dist.get_world_size()}, indent=2))
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        manifest = {str(path.relative_to(partial)): _size_and_checksum(path) for path in files}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        for path in [*files, partial / MANIFEST, partial]:
+            _sync(path)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync(self.folder)
+        _point(self.folder / "latest", final.name)
+        self._prune()
+
+    def _prune(self) -> None:
+        if self.keep_last is not None:
+            for folder in self._folders()[: -self.keep_last]:
+                shutil.rmtree(folder)
+
+    def _folders(self) -> list[Path]:
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted(path for path in found if _STEP_FOLDER.fullmatch(path.name))
+
+    def _newest_complete(self) -> Path | None:
+        for folder in reversed(self._folders()):
+            problem = damage(folder)
+            if problem is None:
+                return folder
+            log.warning("%s is passed over: %s", folder, problem)
+        return None
+
+
+def damage(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint folder, or None when every file is as it was written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        return f"no {MANIFEST}: the save was not finished, or this is no checkpoint of ours"
+    except ValueError:
+        return f"{MANIFEST} is damaged"
+    for name, expected in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
+        if _size_and_checksum(path) != expected:
+            return f"{name} is damaged: its checksum differs"
+    return None
+
+
+def _app_state(state: TrainState) -> dict[str, Any]:
+    model, optimizer = get_state_dict(state.model, state.optimizer)
+    return {"model": model, "optimizer": optimizer, "lr_scheduler": state.lr_scheduler.state_dict()}
+
+
+def _saved_keys(folder: Path, name: str) -> dict[str, Any]:
+    """Return a skeleton of the nested entry ``name`` for ``dcp.load`` to fill."""
+    metadata = dcp.FileSystemReader(folder).read_metadata()
+    paths = [path for path in (metadata.planner_data or {}).values() if path[0] == name]
+    return {path[1]: None for path in paths}
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _size_and_checksum(path: Path) -> dict[str, int]:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+    return {"size": path.stat().st_size, "crc32": checksum}
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _point(link: Path, name: str) -> None:
+    """Make ``link`` a symbolic link to its neighbour ``name``, in one step."""
+    new = link.with_name(".latest.new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(name)
+    new.replace(link)

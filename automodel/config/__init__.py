@@ -1,0 +1,93 @@
+"""The configuration: composed, checked in full without torch, and written down."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from automodel.capabilities import LATER_KEYS
+from automodel.config.check import cross_checks
+from automodel.config.command_line import compose_command_line, has_help, hydra_flags
+from automodel.config.help import help_text
+from automodel.config.messages import pydantic_problems
+from automodel.config.names import nearest_key
+from automodel.config.record import resolved_yaml
+from automodel.config.schema import Config
+from automodel.config.targets import check_target, is_ours
+from automodel.types import UserError
+
+__all__ = ["Config", "has_help", "help_text", "hydra_flags", "load_config", "resolved_yaml"]
+
+_TARGETS = (
+    "model", "peft", "dataset", "validation_dataset", "distributed", "optimizer", "lr_scheduler", "loss_fn",
+    "evaluation", "launch",
+)  # fmt: skip
+
+
+def load_config(argv: list[str], *, env: Mapping[str, str] = os.environ) -> Config:
+    """Compose and check the configuration of a command line (what follows ``python -m automodel.run``).
+
+    Of a sweep, every value is checked and the first combination returned.
+
+    Raises:
+        UserError: with every problem found, a line each.
+    """
+    composed = compose_command_line(argv)
+    problems = list(composed.problems)
+    configs = []
+    for tree in composed.trees:
+        config, found = validate(tree, env)
+        configs.append(config)
+        problems += found
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    return configs[0]
+
+
+def validate(tree: dict[str, Any], env: Mapping[str, str]) -> tuple[Config | None, list[str]]:
+    """Check a resolved tree in full; a user's own targets are imported only once nothing else is wrong."""
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_with_hint(line, tree) for line in pydantic_problems(error)]
+        return None, problems + [line for name, section in _sections(tree) for line in _check_ours(name, section)]
+    problems = [line for name, section in _sections(tree) for line in _check_ours(name, section)]
+    problems += cross_checks(config, env)
+    if not problems:
+        problems = [line for name, section in _sections(tree) if not is_ours(section) for line in check_target(name, section)]
+    return config, problems
+
+
+def _sections(tree: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    found = [(name, tree[name]) for name in _TARGETS if isinstance(tree.get(name), dict) and tree[name]]
+    loggers = tree.get("logger")
+    if isinstance(loggers, dict):
+        found += [(f"logger.{name}", section) for name, section in loggers.items() if isinstance(section, dict)]
+    return found
+
+
+def _check_ours(name: str, section: dict[str, Any]) -> list[str]:
+    return check_target(name, section) if is_ours(section) or "_target_" not in section else []
+
+
+def _with_hint(line: str, tree: dict[str, Any]) -> str:
+    """Add the nearest key to a line about an unknown one, or that it belongs to a later version."""
+    key, _, rest = line.partition(" is not a known key")
+    if key == line or rest:
+        return line
+    if any(key == later or key.startswith(f"{later}.") for later in LATER_KEYS):
+        return f"{key} is not available in this version"
+    found = nearest_key(key, _known_keys())
+    return f"{line}; did you mean {found}?" if found else line
+
+
+def _known_keys() -> list[str]:
+    keys = []
+    for name, field in Config.model_fields.items():
+        keys.append(name)
+        inner = getattr(field.annotation, "model_fields", {})
+        keys += [f"{name}.{each}" for each in inner]
+    return keys

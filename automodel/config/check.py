@@ -1,0 +1,170 @@
+"""Check what no single key can show: combinations, files, and the world the run starts in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from automodel.config.schema import Config
+
+BUILT_IN_CHAT_TEMPLATES = ("chatml",)
+
+
+def cross_checks(cfg: Config, env: Mapping[str, str] = os.environ) -> list[str]:
+    """Return every problem found with the whole of ``cfg``, a line each."""
+    checks: tuple[Callable[[Config], Iterator[str]], ...] = (
+        _check_model,
+        _check_datasets,
+        _check_evaluation,
+        _check_numbers,
+        _check_checkpoint,
+    )
+    problems = [*_check_world(cfg, env)]
+    for check in checks:
+        problems += check(cfg)
+    return problems
+
+
+def world_size_of(cfg: Config, env: Mapping[str, str]) -> int:
+    """Return the number of ranks that the run will have: the environment's, or what ``launch`` starts."""
+    if "RANK" in env:
+        return int(env["WORLD_SIZE"])
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+        return int(env.get("SLURM_NTASKS", "1"))
+    return cfg.launch.get("nproc_per_node", 1)
+
+
+def _check_world(cfg: Config, env: Mapping[str, str]) -> Iterator[str]:
+    problem = _environment_problem(env)
+    if problem:
+        yield problem
+        return
+    if cfg.launch.get("nproc_per_node", 1) < 1:
+        yield f"launch.nproc_per_node={cfg.launch['nproc_per_node']} must be at least 1"
+        return
+    world_size = world_size_of(cfg, env)
+    replicas = cfg.distributed.get("dp_replicate_size", 1)
+    if replicas < 1 or world_size % replicas:
+        yield f"distributed.dp_replicate_size={replicas} must divide the number of ranks, {world_size}"
+    steps = cfg.step_scheduler
+    unit = steps.local_batch_size * world_size
+    if steps.global_batch_size % unit:
+        below = steps.global_batch_size // unit * unit
+        choices = " or ".join(str(size) for size in (below, below + unit) if size)
+        yield (
+            f"step_scheduler.global_batch_size={steps.global_batch_size} is not divisible by local_batch_size "
+            f"{steps.local_batch_size} x data-parallel size {world_size}; use {choices}"
+        )
+
+
+def _environment_problem(env: Mapping[str, str]) -> str | None:
+    names = [name for name in ("RANK", "WORLD_SIZE") if name in env]
+    if len(names) == 1:
+        other = "WORLD_SIZE" if names == ["RANK"] else "RANK"
+        return f"the environment has {names[0]} without {other}; start with torchrun, or unset {names[0]}"
+    if len(names) == 2:
+        if not (env["RANK"].isdecimal() and env["WORLD_SIZE"].isdecimal()):
+            return f"RANK={env['RANK']} and WORLD_SIZE={env['WORLD_SIZE']} in the environment must be whole numbers"
+        if int(env["RANK"]) >= int(env["WORLD_SIZE"]):
+            return f"RANK={env['RANK']} in the environment is not below WORLD_SIZE={env['WORLD_SIZE']}"
+    return None
+
+
+def _check_model(cfg: Config) -> Iterator[str]:
+    for key in ("pretrained_model_name_or_path", "tokenizer_name_or_path"):
+        path = cfg.model.get(key)
+        if not isinstance(path, str) or path == "???":
+            continue
+        folder = Path(path).expanduser()
+        if not folder.exists():
+            if _looks_like_path(path):
+                yield f"model.{key}={path}: there is no such folder"
+            continue
+        if not folder.is_dir():
+            yield f"model.{key}={path} must be a folder or a hub id, not a file"
+            continue
+        yield from _check_model_folder(f"model.{key}={path}", folder, needs_weights=key.startswith("pretrained"))
+
+
+def _check_model_folder(what: str, folder: Path, *, needs_weights: bool) -> Iterator[str]:
+    if needs_weights and not (folder / "config.json").is_file():
+        yield f"{what}: the folder has no config.json"
+    if needs_weights and not any(folder.glob("*.safetensors")):
+        pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+        found = f" (only {pickles[0].name}; pickled weights are not loaded, since they can run code)" if pickles else ""
+        yield f"{what}: the folder has no *.safetensors weights{found}"
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        yield f"{what}: the folder has no tokenizer (tokenizer.json, tokenizer.model or vocab.*)"
+
+
+def _looks_like_path(name: str) -> bool:
+    """A hub id is ``name`` or ``owner/name``; whatever begins in an existing folder is meant as a path."""
+    return name[:1] in "./~" or name.count("/") > 1 or Path(name.split("/")[0]).is_dir()
+
+
+def _check_datasets(cfg: Config) -> Iterator[str]:
+    for name in ("dataset", "validation_dataset"):
+        section = getattr(cfg, name) or {}
+        if str(section.get("_target_")).endswith(".JsonlDataset"):
+            yield from _check_file(f"{name}.path", section.get("path"))
+        for key in ("limit", "max_length"):
+            value = section.get(key)
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                yield f"{name}.{key}={value} must be at least 1"
+        choice = section.get("chat_template")
+        if isinstance(choice, str) and choice not in BUILT_IN_CHAT_TEMPLATES and not Path(choice).expanduser().is_file():
+            yield f"{name}.chat_template={choice} is neither a file nor one of: {', '.join(BUILT_IN_CHAT_TEMPLATES)}"
+
+
+def _check_file(key: str, path: Any) -> Iterator[str]:
+    import glob
+
+    if not isinstance(path, str) or path == "???":
+        return
+    file = Path(path).expanduser()
+    if file.is_dir():
+        if not any(file.glob("*.jsonl")):
+            yield f"{key}={path}: the folder has no *.jsonl file"
+    elif file.exists():
+        if not os.access(file, os.R_OK):
+            yield f"{key}={path} cannot be read"
+        elif file.is_file() and file.stat().st_size == 0:
+            yield f"{key}={path} is empty"
+    elif not glob.glob(str(file)):
+        yield f"{key}={path}: there is no such file"
+
+
+def _check_evaluation(cfg: Config) -> Iterator[str]:
+    kind = "generation" if cfg.evaluation else "loss"
+    if kind not in cfg.recipe.evaluations:
+        yield f"evaluation={kind} does not apply to recipe={cfg.recipe.name}; it has: {', '.join(cfg.recipe.evaluations)}"
+    if cfg.validation_dataset is None:
+        if cfg.evaluation:
+            yield "evaluation=generation needs rows to answer: choose a validation_dataset"
+        if cfg.step_scheduler.val_every_steps is not None:
+            yield "step_scheduler.val_every_steps is set, but there is no validation_dataset"
+
+
+def _check_numbers(cfg: Config) -> Iterator[str]:
+    lr = cfg.optimizer.get("lr")
+    if isinstance(lr, int | float) and not isinstance(lr, bool) and lr <= 0:
+        yield f"optimizer.lr={lr} must be more than 0"
+    betas = cfg.optimizer.get("betas")
+    if isinstance(betas, list) and any(isinstance(beta, int | float) and not 0 <= beta < 1 for beta in betas):
+        yield f"optimizer.betas={betas} must lie in [0, 1)"
+    ratio = cfg.lr_scheduler.get("warmup_ratio")
+    if isinstance(ratio, int | float) and not 0 <= ratio <= 1:
+        yield f"lr_scheduler.warmup_ratio={ratio} must lie in [0, 1]"
+    warmup_steps = cfg.lr_scheduler.get("warmup_steps")
+    if isinstance(warmup_steps, int) and warmup_steps < 0:
+        yield f"lr_scheduler.warmup_steps={warmup_steps} must be at least 0"
+
+
+def _check_checkpoint(cfg: Config) -> Iterator[str]:
+    resume = cfg.checkpoint.resume
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        yield f"checkpoint.resume={resume} must be auto, never, or the folder of a checkpoint; there is no such folder"
+    if cfg.output_dir is not None and Path(cfg.output_dir).exists() and not Path(cfg.output_dir).is_dir():
+        yield f"output_dir={cfg.output_dir} is a file, not a folder"

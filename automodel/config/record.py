@@ -1,0 +1,31 @@
+"""The resolved configuration as YAML that can be run again, without secrets."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from automodel.config.schema import Config
+
+MASK = "***"
+_SECRET_KEY = re.compile(r"(^|_)(token|secret|password|api_key|apikey)s?$", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|[0-9a-f]{40})\b")
+
+
+def resolved_yaml(cfg: Config) -> str:
+    """Return ``cfg`` as YAML; values that look like secrets are masked, since they belong in the environment."""
+    header = "# Run again: python -m automodel.run --config-path ABSOLUTE_FOLDER --config-name config output_dir=NEW\n"
+    return header + yaml.safe_dump(masked(cfg.model_dump(by_alias=True)), sort_keys=False, allow_unicode=True)
+
+
+def masked(value: Any, key: str = "") -> Any:
+    """Return plain data with secrets replaced."""
+    if isinstance(value, dict):
+        return {name: masked(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list):
+        return [masked(item, key) for item in value]
+    if isinstance(value, str) and (_SECRET_KEY.search(key) or _SECRET_VALUE.search(value)):
+        return MASK
+    return value

@@ -1,0 +1,119 @@
+"""Check the keys of a section with ``_target_`` against the signature of what it names."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import typing
+from importlib import import_module
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, ValidationError, create_model
+
+from automodel.capabilities import STRATEGY_OPTIONS
+from automodel.config.messages import pydantic_problems
+from automodel.config.names import did_you_mean
+from automodel.config.schema import Text
+
+_HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
+
+
+def is_ours(section: dict[str, Any]) -> bool:
+    """Return whether the section's target is shipped, so that importing it is quick and free of torch."""
+    return str(section.get("_target_", "")).startswith("automodel.")
+
+
+def check_target(name: str, section: dict[str, Any]) -> list[str]:
+    """Return what is wrong with a section, a line each; imports its target.
+
+    The keyword arguments must be parameters of the target; those that are required must be there. Types are
+    checked for shipped targets alone, whose annotations are plain.
+    """
+    path = section.get("_target_")
+    if not isinstance(path, str):
+        return [f"{name} has no _target_; choose one of the group's options, or name a class or function"]
+    try:
+        target = _resolve(path)
+    except Exception as error:
+        return [f"{name}._target_={path}: cannot be imported: {type(error).__name__}: {error}"]
+    given = {key: value for key, value in section.items() if key not in _HYDRA_KEYS}
+    parameters = _parameters(target, is_partial=bool(section.get("_partial_")), has_plain_types=is_ours(section))
+    if parameters is None:
+        return []
+    problems = [
+        f"{name}.{key} is not an option of {_short(path)}{_hint(name, key, parameters)}"
+        for key in given
+        if key not in parameters
+    ]
+    missing = [key for key, (_, default) in parameters.items() if default is ... and given.get(key) in (None, "???")]
+    required = [key for key in missing if key not in given or given[key] == "???"]
+    problems += [f"{name}.{key} is required: set {name}.{key}=..." for key in required]
+    if is_ours(section):
+        known = {key: value for key, value in given.items() if key in parameters and key not in required}
+        problems += _type_problems(name, {key: parameters[key] for key in known}, known)
+    return problems
+
+
+def _resolve(path: str) -> Any:
+    module_name, _, attribute = path.rpartition(".")
+    return getattr(import_module(module_name), attribute)
+
+
+def _parameters(target: Any, *, is_partial: bool, has_plain_types: bool) -> dict[str, tuple[Any, Any]] | None:
+    """Return annotation and default (``...``: required) of every configurable parameter; None: any key goes.
+
+    A partial gets its positional arguments at run time, so that only keyword-only ones are configured in ours,
+    and all but the first in a user's.
+    """
+    parameters = list(inspect.signature(target).parameters.values())
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    if is_partial:
+        ours = [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+        parameters = ours if has_plain_types else parameters[1:]
+    names = vars(sys.modules[target.__module__]) if has_plain_types else None
+    return {
+        parameter.name: (_annotation(parameter, names), ... if parameter.default is parameter.empty else None)
+        for parameter in parameters
+        if parameter.kind is not parameter.VAR_POSITIONAL
+    }
+
+
+def _annotation(parameter: inspect.Parameter, names: dict[str, Any] | None) -> Any:
+    """Evaluate one parameter's annotation; those of run-time arguments need torch and are left alone."""
+    if names is None or not isinstance(parameter.annotation, str):
+        return Any if names is None else parameter.annotation
+    return eval(parameter.annotation, names)  # our own source code, written out as text by the future import
+
+
+def _type_problems(name: str, parameters: dict[str, tuple[Any, Any]], given: dict[str, Any]) -> list[str]:
+    fields: dict[str, Any] = {key: (_lenient(annotation), ...) for key, (annotation, _) in parameters.items()}
+    model = create_model("Options", __config__=ConfigDict(strict=True, protected_namespaces=()), **fields)
+    try:
+        model(**given)
+    except ValidationError as error:
+        return pydantic_problems(error, prefix=f"{name}.")
+    return []
+
+
+def _lenient(annotation: Any) -> Any:
+    """Return the annotation as YAML can meet it: lists for tuples, and a number where text is meant."""
+    if typing.get_origin(annotation) is tuple:
+        items = typing.get_args(annotation)
+        return Annotated[list[items[0]], Field(min_length=len(items), max_length=len(items))]
+    if annotation is str:
+        return Text
+    if annotation == str | None:
+        return Text | None
+    return annotation
+
+
+def _hint(section: str, key: str, parameters: dict[str, Any]) -> str:
+    others = [strategy for strategy, options in STRATEGY_OPTIONS.items() if key in options]
+    if section == "distributed" and others:
+        return f"; distributed={others[0]} has it"
+    return did_you_mean(key, parameters)
+
+
+def _short(path: str) -> str:
+    return path.rpartition(".")[2]

@@ -1,0 +1,30 @@
+"""Find the repeated decoder layers of a transformers model from the model itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the modules to shard or checkpoint one by one, outermost first.
+
+    They are the classes that the model names in ``_no_split_modules``; a model without that gets the members
+    of its longest ``ModuleList``.
+    """
+    from torch import nn
+
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    if not found:
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        found = list(max(lists, key=len, default=()))
+    inside = {id(child) for module in found for child in module.modules() if child is not module}
+    return [module for module in found if id(module) not in inside]
+
+
+def enable_activation_checkpointing(model: nn.Module) -> None:
+    """Recompute the activations of every decoder layer in the backward instead of keeping them."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -1,0 +1,49 @@
+"""Sum losses and counts over the data-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+@torch.no_grad()
+def reduce_loss(
+    loss_store: Sequence[torch.Tensor],
+    total_num_tokens: torch.Tensor,
+    per_token_loss: bool = True,
+    dp_group: dist.ProcessGroup | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum the losses of a step over its micro-batches and, with a group, over its ranks.
+
+    Every rank of ``dp_group`` must call it. The caller divides the first by the second.
+
+    Args:
+        loss_store: one loss sum a micro-batch of this rank; may be empty.
+        total_num_tokens: this rank's number of supervised tokens.
+        per_token_loss: the denominator counts tokens; else micro-batches.
+        dp_group: the ranks to sum over; None: this rank alone.
+
+    Returns:
+        (loss sum, float32 scalar; denominator, int64 scalar), on the device of ``total_num_tokens``.
+    """
+    device = total_num_tokens.device
+    if per_token_loss:
+        denominator = total_num_tokens.detach().clone().to(torch.int64).reshape(())
+    else:
+        denominator = torch.tensor(len(loss_store), dtype=torch.int64, device=device)
+    if dp_group is not None:
+        dist.all_reduce(denominator, group=dp_group)
+    return sum_losses(loss_store, device=device, dp_group=dp_group), denominator
+
+
+def sum_losses(
+    losses: Sequence[torch.Tensor], *, device: torch.device, dp_group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """Return the sum of scalars over this rank's ``losses`` (perhaps none) and the group, float32 on ``device``."""
+    parts = [loss.detach().to(device=device, dtype=torch.float32).reshape(()) for loss in losses]
+    loss_sum = torch.stack(parts).sum() if parts else torch.zeros((), device=device)
+    if dp_group is not None:
+        dist.all_reduce(loss_sum, group=dp_group)
+    return loss_sum

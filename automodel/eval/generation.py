@@ -1,0 +1,118 @@
+"""Greedy answers to the validation prompts, scored by exact match, with the rows shared out to the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from automodel.data.rows import Prompt
+
+
+@dataclass(frozen=True)
+class GenerationScores:
+    """What the answers were worth; the same on every rank.
+
+    Attributes:
+        exact_match: share of right answers over all rows.
+        by_kind: the same for each kind of row, where the rows say one.
+        samples: (question, right answer, the model's answer) of the first rows of every kind in turn.
+    """
+
+    exact_match: float
+    by_kind: dict[str, float]
+    samples: list[tuple[str, str, str]]
+
+    def metrics(self) -> dict[str, float]:
+        """Return the scores as the entries of a validation record."""
+        by_kind = {f"metric/exact_match/{kind}": value for kind, value in self.by_kind.items()}
+        return {"metric/exact_match": self.exact_match, **by_kind}
+
+
+@dataclass(frozen=True)
+class GenerationEvaluation:
+    """What ``evaluation=generation`` configures."""
+
+    batch_size: int = 64
+    max_new_tokens: int = 64
+    num_rows: int | None = None
+    num_samples: int = 5
+
+    def run(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prompts: Sequence[Prompt],
+        is_sharded: bool,
+        dp_group: dist.ProcessGroup,
+    ) -> GenerationScores:
+        """Generate and score; every rank must call it with the same prompts.
+
+        Args:
+            model: as trained, perhaps wrapped.
+            is_sharded: the ranks hold parts of the weights, so that they must generate in lockstep.
+        """
+        import torch.distributed as dist
+
+        rank, size = dist.get_rank(dp_group), dist.get_world_size(dp_group)
+        prompts = prompts[: self.num_rows]
+        generator = getattr(model, "module", model)
+        was_training = generator.training
+        generator.eval()
+        answers: list[tuple[int, str]] = []
+        try:
+            # A rank that has no row left in a round generates along for its first rows, unscored.
+            for start in range(0, len(prompts), self.batch_size * size):
+                first = start + rank * self.batch_size
+                chosen = range(first, min(first + self.batch_size, len(prompts)))
+                if not chosen and not is_sharded:
+                    continue
+                ids = [prompts[i].prompt_ids for i in chosen or range(1)]
+                texts = self._generate(generator, tokenizer, ids, in_lockstep=is_sharded and size > 1)
+                answers += zip(chosen, texts, strict=False)
+        finally:
+            generator.train(was_training)
+        gathered: list[Any] = [None] * size
+        dist.all_gather_object(gathered, answers, group=dp_group)
+        return self._score(prompts, dict(pair for part in gathered for pair in part))
+
+    def _generate(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[list[int]], *, in_lockstep: bool
+    ) -> list[str]:
+        import torch
+        from transformers import GenerationConfig
+
+        width = max(len(ids) for ids in prompt_ids)
+        device = next(model.parameters()).device
+        # Padded on the left, so that every answer starts in the same column.
+        padded = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
+        own = model.generation_config
+        eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+        config = GenerationConfig(
+            do_sample=False, max_new_tokens=self.max_new_tokens, eos_token_id=eos, bos_token_id=own.bos_token_id,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )  # fmt: skip
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=padded, attention_mask=mask, generation_config=config, synced_gpus=in_lockstep
+            )
+        return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+
+    def _score(self, prompts: Sequence[Prompt], answers: dict[int, str]) -> GenerationScores:
+        is_right = [answers[i].strip() == prompt.answer.strip() for i, prompt in enumerate(prompts)]
+        rows_by_kind: dict[str, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            rows_by_kind.setdefault(prompt.kind or "", []).append(i)
+        by_kind = {
+            kind: sum(is_right[i] for i in rows) / len(rows) for kind, rows in sorted(rows_by_kind.items()) if kind
+        }
+        in_turn = sorted((rows.index(i), i) for rows in rows_by_kind.values() for i in rows[: self.num_samples])
+        samples = [(prompts[i].question, prompts[i].answer, answers[i]) for _, i in in_turn[: self.num_samples]]
+        return GenerationScores(sum(is_right) / max(1, len(is_right)), by_kind, samples)

@@ -1,0 +1,102 @@
+"""Validation over rows shared out to the data-parallel ranks, with a result that does not depend on their number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from automodel.losses.cross_entropy import CrossEntropy
+from automodel.types import IGNORE_INDEX
+
+Batch = dict[str, torch.Tensor]
+Sums = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One named validation set and what is measured on it.
+
+    Attributes:
+        batches: makes this rank's batches anew; every rank has as many of them.
+        measure: (model, batch) -> sums over the batch's supervised positions, of the same names and shapes on
+            every rank; ``loss_sum`` and ``num_label_tokens`` among them.
+        summarize: all sums over every rank (float64, on the CPU) -> metrics by name.
+    """
+
+    name: str
+    batches: Callable[[], Iterable[Batch]]
+    measure: Callable[[nn.Module, Batch], Sums]
+    summarize: Callable[[Sums], dict[str, float]] = lambda sums: {}
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    validation: Validation,
+    *,
+    device: torch.device,
+    dp_group: dist.ProcessGroup,
+    autocast: Callable[[], AbstractContextManager],
+) -> dict[str, float | int]:
+    """Return ``loss``, ``num_label_tokens`` and ``metric/NAME`` over the whole set; every rank must call it."""
+    was_training = model.training
+    model.eval()
+    total: Sums = {}
+    try:
+        for batch in validation.batches():
+            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            with autocast():
+                sums = validation.measure(model, batch)
+            for name, value in sums.items():
+                # Summed on the host in double precision: the order of the batches must not show.
+                value = value.detach().to(device="cpu", dtype=torch.float64)
+                total[name] = total[name] + value if name in total else value
+    finally:
+        model.train(was_training)
+    for name in sorted(total):
+        dist.all_reduce(total[name], group=dp_group)
+    num_label_tokens = int(total["num_label_tokens"])
+    loss = float(total["loss_sum"]) / max(1, num_label_tokens)
+    metrics = {f"metric/{name}": value for name, value in validation.summarize(total).items()}
+    return {"loss": loss, "num_label_tokens": num_label_tokens, **metrics}
+
+
+def measure_loss(loss_fn: CrossEntropy) -> Callable[[nn.Module, Batch], Sums]:
+    """Return the measure of a language model's validation: its loss alone."""
+
+    def measure(model: nn.Module, batch: Batch) -> Sums:
+        return {"loss_sum": loss_fn(model, batch), "num_label_tokens": (batch["labels"] != IGNORE_INDEX).sum()}
+
+    return measure
+
+
+def measure_classification(loss_fn: CrossEntropy, num_labels: int) -> Callable[[nn.Module, Batch], Sums]:
+    """Return the measure of a classifier's validation: its loss and the confusion matrix [label, prediction]."""
+
+    def measure(model: nn.Module, batch: Batch) -> Sums:
+        loss_sum, logits = loss_fn.with_logits(model, batch)
+        labels = batch["labels"]
+        is_real = labels != IGNORE_INDEX
+        cells = labels[is_real] * num_labels + logits.argmax(dim=-1)[is_real]
+        confusion = torch.bincount(cells, minlength=num_labels**2).reshape(num_labels, num_labels)
+        return {"loss_sum": loss_sum, "num_label_tokens": is_real.sum(), "confusion": confusion}
+
+    return measure
+
+
+def summarize_classification(sums: Sums) -> dict[str, float]:
+    """Return accuracy and macro F1 from the confusion matrix.
+
+    Macro F1 is the plain mean over the labels that occur as a truth or a prediction, as scikit-learn's
+    ``f1_score(average="macro")`` defines it.
+    """
+    confusion = sums["confusion"]
+    hits, truths, predictions = confusion.diag(), confusion.sum(dim=1), confusion.sum(dim=0)
+    occurs = (truths + predictions) > 0
+    f1 = 2 * hits[occurs] / (truths + predictions)[occurs]
+    return {"accuracy": float(hits.sum() / confusion.sum().clamp(min=1)), "macro_f1": float(f1.mean())}

@@ -1,0 +1,149 @@
+"""The run directory: its lock, its record of the run, and where each thing lies in it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from automodel.types import UserError
+
+
+class RunDir:
+    """Paths of a run directory; ``open`` also locks it for this process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics_path = path / "metrics.jsonl"
+        self.checkpoints_dir = path / "checkpoints"
+        self.model_dir = path / "model"
+        self.log_path = path / "train.log"
+        self.config_path = path / "config.yaml"
+        self.run_json_path = path / "run.json"
+        self._lock_path = path / ".lock"
+        self._lock: Any = None
+        self._made: list[Path] = []
+
+    @classmethod
+    def open(cls, path: Path) -> RunDir:
+        """Make the folder and lock it until this process ends.
+
+        Raises:
+            UserError: another process holds it, or it cannot be made.
+        """
+        run_dir = cls(path)
+        try:
+            run_dir._made = _make_folders(path)
+            run_dir._lock = run_dir._lock_path.open("a+")
+        except OSError as error:
+            raise UserError(f"output_dir={path} cannot be written: {error}") from error
+        try:
+            fcntl.flock(run_dir._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            run_dir._lock.seek(0)
+            holder = run_dir._lock.read().strip() or "unknown"
+            run_dir._lock.close()
+            raise UserError(
+                f"output_dir={path} is in use by another run ({holder}); wait for it or choose another output_dir"
+            ) from None
+        run_dir._lock.truncate(0)
+        run_dir._lock.write(f"process {os.getpid()} on {platform.node()}")
+        run_dir._lock.flush()
+        return run_dir
+
+    def holds_run(self) -> bool:
+        """Return whether a finished or unfinished run lies here."""
+        return self.run_json_path.exists() or self.metrics_path.exists() or self.checkpoints_dir.exists()
+
+    def abandon(self) -> None:
+        """Release the lock and, where no run lies here, remove what ``open`` made, empty parents included."""
+        if not self.holds_run():
+            self._lock_path.unlink(missing_ok=True)
+            if self._made:
+                shutil.rmtree(self.path, ignore_errors=True)
+            for folder in self._made:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+        self.release()
+
+    def release(self) -> None:
+        """Let others write here."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def write_config(self, text: str) -> None:
+        """Write the resolved configuration."""
+        _write_whole(self.config_path, text)
+
+    def start_record(self, *, resumed_from_step: int | None, **facts: Any) -> None:
+        """Write ``run.json`` for this start; ``resumed_from_step`` joins those of earlier starts."""
+        starts = self._record().get("resumed_from_step", [])
+        record = facts | {"resumed_from_step": [*starts, resumed_from_step], "ended": None}
+        _write_whole(self.run_json_path, json.dumps(record, indent=2) + "\n")
+
+    def update_record(self, **facts: Any) -> None:
+        """Change entries of ``run.json``."""
+        _write_whole(self.run_json_path, json.dumps(self._record() | facts, indent=2) + "\n")
+
+    def cut_metrics(self, num_bytes: int) -> None:
+        """Cut the metrics file back to its first ``num_bytes`` bytes."""
+        if self.metrics_path.exists():
+            os.truncate(self.metrics_path, min(num_bytes, self.metrics_path.stat().st_size))
+
+    def _record(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.run_json_path.read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+
+
+def environment_record() -> dict[str, Any]:
+    """Return what this run runs on: command, versions, git commit of the working folder, host."""
+    names = ("automodel", "torch", "transformers", "datasets", "hydra-core", "numpy")
+    versions = {"python": platform.python_version()} | {name: _version(name) for name in names}
+    return {
+        "command": shlex.join([sys.executable, *sys.orig_argv[1:]]),
+        "versions": versions,
+        "git_commit": _git_commit(),
+        "host": platform.node(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _make_folders(path: Path) -> list[Path]:
+    """Make ``path`` and return the folders made, deepest first."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old text or the new, never a part."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text)
+    os.replace(new, path)

@@ -1,0 +1,203 @@
+"""Models and tokenizers of transformers: pretrained, or fresh from a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from automodel.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+WeightDtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """A pretrained model from a folder or the hub; what ``model=hf`` configures."""
+
+    pretrained_model_name_or_path: str
+    revision: str | None = None
+    dtype: WeightDtype = "float32"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.pretrained_model_name_or_path
+
+    def max_length(self) -> int | None:
+        """Return the most tokens that the model can take, or None where its configuration does not say."""
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(
+                self.pretrained_model_name_or_path, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"model.pretrained_model_name_or_path={self.pretrained_model_name_or_path}: {_first_line(error)}"
+            ) from error
+        return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer that belongs to the weights."""
+        return _load_tokenizer(
+            self.pretrained_model_name_or_path, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+
+    def build(
+        self, tokenizer: PreTrainedTokenizerBase, *, label_names: Sequence[str] | None = None
+    ) -> PreTrainedModel:
+        """Load the weights on the CPU: a causal language model, or with ``label_names`` a sequence classifier.
+
+        Raises:
+            UserError: nothing loadable is there, or a weight of the checkpoint or of the model has no partner
+                (a new classification head excepted).
+        """
+        import torch
+        from transformers import AutoConfig
+
+        options: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        try:
+            config = AutoConfig.from_pretrained(self.pretrained_model_name_or_path, **options)
+            model, report = _auto_class(label_names).from_pretrained(
+                self.pretrained_model_name_or_path,
+                config=_with_labels(config, label_names, tokenizer),
+                dtype=getattr(torch, self.dtype),
+                attn_implementation=self.attn_implementation,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(
+                f"model.pretrained_model_name_or_path={self.pretrained_model_name_or_path}: {_first_line(error)}"
+            ) from error
+        _require_complete(self.pretrained_model_name_or_path, report, has_new_head=label_names is not None, model=model)
+        return model
+
+
+@dataclass(frozen=True)
+class ScratchModel:
+    """A model with fresh weights; what ``model=scratch`` configures."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    tokenizer_name_or_path: str = ""
+    dtype: WeightDtype = "float32"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"fresh {self.config['model_type']}"
+
+    def max_length(self) -> int | None:
+        """Return the most tokens that the model can take, or None where its configuration does not say."""
+        return self.config.get("max_position_embeddings")
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer whose vocabulary the model gets."""
+        return _load_tokenizer(
+            self.tokenizer_name_or_path, revision=None, trust_remote_code=self.trust_remote_code
+        )
+
+    def build(
+        self, tokenizer: PreTrainedTokenizerBase, *, label_names: Sequence[str] | None = None
+    ) -> PreTrainedModel:
+        """Draw the weights from torch's global generator: a language model, or with labels a classifier."""
+        from transformers import AutoConfig
+
+        values = dict(self.config)
+        try:
+            config = AutoConfig.for_model(values.pop("model_type"), **{"vocab_size": len(tokenizer)} | values)
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(f"model.config: {_first_line(error)}") from error
+        return build_fresh(
+            config,
+            tokenizer,
+            label_names=label_names,
+            dtype=self.dtype,
+            attn_implementation=self.attn_implementation,
+        )
+
+
+def build_fresh(
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    label_names: Sequence[str] | None,
+    dtype: WeightDtype,
+    attn_implementation: str | None,
+) -> PreTrainedModel:
+    """Build a model of ``config`` with fresh weights drawn from torch's global generator."""
+    import torch
+
+    for name in ("bos_token_id", "eos_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    config.pad_token_id = pad_token_id(tokenizer)
+    return _auto_class(label_names).from_config(
+        _with_labels(config, label_names, tokenizer),
+        dtype=getattr(torch, dtype),
+        attn_implementation=attn_implementation,
+    )
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id that fills batches up; any id serves, since masks come from positions."""
+    for value in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if value is not None:
+            return value
+    return 0
+
+
+def _load_tokenizer(path: str, *, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"the tokenizer of {path} cannot be loaded: {_first_line(error)}") from error
+
+
+def _auto_class(label_names: Sequence[str] | None) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForCausalLM if label_names is None else AutoModelForSequenceClassification
+
+
+def _with_labels(
+    config: PreTrainedConfig, label_names: Sequence[str] | None, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedConfig:
+    if label_names is not None:
+        config.id2label = dict(enumerate(label_names))
+        config.label2id = {name: index for index, name in enumerate(label_names)}
+        config.problem_type = "single_label_classification"
+        config.pad_token_id = pad_token_id(tokenizer)
+    return config
+
+
+def _require_complete(path: str, report: dict[str, Any], *, has_new_head: bool, model: PreTrainedModel) -> None:
+    missing, unexpected = set(report["missing_keys"]), set(report["unexpected_keys"])
+    if has_new_head:
+        body = model.base_model_prefix + "."
+        missing = {key for key in missing if key.startswith(body)}
+        unexpected = {key for key in unexpected if key.startswith(body)}
+    problems = [
+        f"model.pretrained_model_name_or_path={path}: {len(keys)} weights are {what}, such as {min(keys)}"
+        for keys, what in ((missing, "missing from the checkpoint"), (unexpected, "unknown to the model"))
+        if keys
+    ]
+    mismatched = report.get("mismatched_keys")
+    if mismatched and not has_new_head:
+        problems.append(f"model.pretrained_model_name_or_path={path}: weights of another shape: {mismatched}")
+    if problems:
+        raise UserError(*problems)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+

@@ -1,0 +1,51 @@
+"""Parameter groups and the optimizers that take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Split the trained parameters: matrices decay as configured; norms, biases and other vectors never do."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2]},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(
+    params: Sequence[dict[str, Any]],
+    *,
+    lr: float = 1e-5,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> torch.optim.Optimizer:
+    """Build AdamW (Loshchilov and Hutter 2019), fused where torch has a fused kernel for the device."""
+    import torch
+
+    return torch.optim.AdamW(
+        params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=_has_fused_kernel(params)
+    )
+
+
+def sgd(
+    params: Sequence[dict[str, Any]], *, lr: float = 1e-3, momentum: float = 0.0, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """Build stochastic gradient descent, fused where torch has a fused kernel for the device."""
+    import torch
+
+    return torch.optim.SGD(
+        params, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=_has_fused_kernel(params)
+    )
+
+
+def _has_fused_kernel(params: Sequence[dict[str, Any]]) -> bool:
+    return all(p.device.type in ("cuda", "cpu", "mps") for group in params for p in group["params"])

@@ -1,0 +1,176 @@
+"""``python -m automodel.run``: check the configuration, then run its recipe here or in workers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from automodel.config import Config, has_help, help_text, hydra_flags, load_config
+from automodel.launch.local import LocalLaunch
+from automodel.launch.run_id import default_run_id
+from automodel.launch.worker import die_with_launcher, is_worker, leave
+from automodel.logs import get_logger, setup_logging
+from automodel.types import ExitStatus, UserError
+
+if TYPE_CHECKING:
+    from automodel.distributed.dist_info import DistInfo
+    from automodel.loggers.rundir import RunDir
+
+log = get_logger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line ``argv`` (default: this process's) and leave the process with the run's status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if has_help(argv):
+        print(help_text())
+        return
+    die_with_launcher()
+    try:
+        cfg = load_config(argv)
+    except UserError as error:
+        _tell(error)
+        leave(ExitStatus.BAD_INPUT)
+    if hydra_flags(argv):
+        _run_by_hydra(argv)
+    elif is_worker(os.environ) or cfg.launch.get("nproc_per_node", 1) == 1:
+        leave(run_recipe(cfg))
+    else:
+        launch = LocalLaunch(**{key: value for key, value in cfg.launch.items() if key != "_target_"})
+        sys.exit(launch.run("automodel.run", argv))
+
+
+def run_recipe(cfg: Config) -> ExitStatus:
+    """Run the recipe of ``cfg`` in this process, as one rank of its job, and return how it ended."""
+    from automodel.distributed.dist_info import destroy_global_state, initialize_distributed
+    from automodel.train.rng import make_deterministic
+
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    setup_logging(rank, None)
+    if cfg.rng.deterministic:
+        make_deterministic()
+    try:
+        info = initialize_distributed(cfg.dist_env.backend, timeout_minutes=cfg.dist_env.init_timeout_minutes)
+    except UserError as error:
+        _tell(error)
+        return ExitStatus.BAD_INPUT
+    run_dir = None
+    try:
+        run_dir, run_id = _open_run_dir(cfg, info)
+        _recipe_function(cfg)(_job(cfg, info=info, run_dir=run_dir, run_id=run_id))
+        status, ended = ExitStatus.DONE, {"status": "done"}
+    except BaseException as error:
+        status, ended = _how_it_failed(error)
+    if run_dir is not None and info.is_main:
+        _close_run_dir(run_dir, status, ended)
+    if status in (ExitStatus.DONE, ExitStatus.STOPPED):
+        # After a failure a peer may be gone, and leaving the group together could wait for it.
+        destroy_global_state()
+    return status
+
+
+def _open_run_dir(cfg: Config, info: DistInfo) -> tuple[RunDir, str]:
+    """Lock the run directory on rank 0, and tell every rank its path and the run id."""
+    from automodel.distributed.ordering import run_on_main
+    from automodel.loggers.rundir import RunDir
+
+    opened: list[RunDir] = []
+
+    def open_it() -> tuple[Path, str]:
+        run_id = default_run_id()
+        path = Path(cfg.output_dir) if cfg.output_dir else Path("outputs") / cfg.recipe.name / run_id
+        opened.append(RunDir.open(path))
+        return path, run_id
+
+    path, run_id = run_on_main(open_it)
+    return (opened[0] if opened else RunDir(path)), run_id
+
+
+def _close_run_dir(run_dir: RunDir, status: ExitStatus, ended: dict[str, Any]) -> None:
+    if status == ExitStatus.BAD_INPUT:
+        run_dir.abandon()
+        return
+    if run_dir.run_json_path.exists():
+        run_dir.update_record(ended=ended | {"time": datetime.now(UTC).isoformat()})
+    if status == ExitStatus.DONE:
+        log.info("everything is in %s", run_dir.path)
+    run_dir.release()
+
+
+def _job(cfg: Config, **parts: Any) -> Any:
+    from automodel.recipes.assembly import Job
+
+    return Job(cfg, parts["info"], parts["run_dir"], parts["run_id"])
+
+
+def _recipe_function(cfg: Config) -> Any:
+    module_name, _, name = cfg.recipe.target.rpartition(".")
+    return getattr(import_module(module_name), name)
+
+
+def _how_it_failed(error: BaseException) -> tuple[ExitStatus, dict[str, Any]]:
+    from automodel.train.loop import RunStopped
+
+    if isinstance(error, UserError):
+        _tell(error)
+        return ExitStatus.BAD_INPUT, {}
+    if isinstance(error, RunStopped):
+        log.info("%s%s", error, "" if error.is_saved else "; checkpoint.enabled=false, so nothing was saved")
+        status = ExitStatus.STOPPED if error.is_saved else ExitStatus.FAILED
+        return status, {"status": "stopped", "step": error.step}
+    _record_for_agent(error)
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    return ExitStatus.FAILED, {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+
+
+def _record_for_agent(error: BaseException) -> None:
+    """Leave the traceback where torchrun's agent looks for it."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
+def _tell(error: UserError) -> None:
+    """Print the problems once for the whole job: rank 0 speaks, the others give it the time to."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(2)
+
+
+def _run_by_hydra(argv: list[str]) -> None:
+    """Let Hydra do what only it can (``--cfg``, ``-m``); each job of a sweep is a process of its own."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    sweep_id = default_run_id()
+
+    @hydra.main(config_path="pkg://automodel.conf", config_name="config", version_base="1.3")
+    def task(cfg: Any) -> None:
+        state = HydraConfig.get()
+        overrides = [*state.overrides.task]
+        run_id = sweep_id if state.job.get("num") is None else f"{sweep_id}-{state.job.num}"
+        command = [sys.executable, "-m", "automodel.run", *overrides]
+        status = subprocess.run(command, env=os.environ | {"AUTOMODEL_RUN_ID": run_id}, check=False).returncode
+        if status:
+            raise SystemExit(status)
+
+    sys.argv = [sys.argv[0], *argv]
+    task()
+
+
+if __name__ == "__main__":
+    main()

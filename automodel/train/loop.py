@@ -1,0 +1,220 @@
+"""The train loop: one for every recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from automodel.checkpoint.training import Checkpointer, TrainState
+from automodel.distributed.ordering import collective_timeout, set_collective_timeout
+from automodel.loggers.fanout import MetricSink
+from automodel.logs import get_logger, progress
+from automodel.train.meter import Meter
+from automodel.train.rng import rng_state, set_rng_state
+from automodel.train.signals import StopRequest
+from automodel.train.step import Batch, LossFn, StepConfig, StepResult, train_step
+from automodel.train.step_scheduler import StepScheduler
+
+log = get_logger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient norm of a step was not finite, and ``on_non_finite`` is ``stop``."""
+
+
+class RunStopped(Exception):
+    """A signal ended training after ``step``; ``is_saved`` says whether a complete checkpoint was written."""
+
+    def __init__(self, step: int, *, is_saved: bool) -> None:
+        super().__init__(f"stopped after step {step}")
+        self.step = step
+        self.is_saved = is_saved
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Something measured during training: ``run`` returns the entries of a validation record on every rank."""
+
+    name: str
+    run: Callable[[], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long collectives may take, in minutes: in training, and in start-up, evaluation and saves."""
+
+    training: float
+    slow_phase: float
+
+
+@dataclass
+class TrainLoop:
+    """Everything that the loop needs, built by a recipe; ``run`` trains until the last step.
+
+    Attributes:
+        epoch_batches: (epoch, first step of it) -> for each step its micro-batches, as many on every rank.
+        evaluators: run at every validation step, before a checkpoint.
+        checkpointer: None where no training checkpoints are wanted.
+        metrics_size: the length in bytes of the metrics file, noted in every checkpoint.
+        resume_facts: what decides the rows of each step, noted in every checkpoint.
+        dump_folder: where the batch of a step that was not finite is kept.
+    """
+
+    model: torch.nn.Module
+    loss_fn: LossFn
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    steps: StepScheduler
+    epoch_batches: Callable[[int, int], Any]
+    step_config: StepConfig
+    evaluators: Sequence[Evaluator]
+    checkpointer: Checkpointer | None
+    sink: MetricSink
+    meter: Meter
+    timeouts: Timeouts
+    metrics_size: Callable[[], int]
+    resume_facts: dict[str, Any]
+    on_non_finite: Literal["stop", "skip"]
+    dump_folder: Path
+
+    def run(self) -> None:
+        """Train from the current step to the last; every rank must call it.
+
+        Raises:
+            RunStopped: a signal at any rank ended training early.
+            NonFiniteError: as ``on_non_finite`` says.
+        """
+        self.model.train()
+        self._unread: tuple[int, StepResult, list[Batch]] | None = None
+        first_step = self.steps.step + 1
+        with StopRequest() as stop, progress(self.steps.total_steps, description="training") as bar:
+            for epoch, steps_done in self.steps.remaining_epochs():
+                batches = iter(self.epoch_batches(epoch, steps_done))
+                while True:
+                    with self.meter.training():
+                        micro_batches = next(batches, None)
+                        if micro_batches is None or self.steps.is_last_step:
+                            break
+                        result, lr = self._train_step(micro_batches, stop)
+                    if self.steps.step == first_step:
+                        set_collective_timeout(self.timeouts.training)
+                    if self.steps.is_log_step:
+                        self._log(result, lr)
+                    bar.update(self.steps.step, f"loss {self._last_loss:.4f}")
+                    self._evaluate_and_save(result)
+            self._read_flag()
+
+    def evaluate(self) -> dict[str, dict[str, Any]]:
+        """Run every evaluator and log its record; every rank must call it."""
+        results = {}
+        for evaluator in self.evaluators:
+            results[evaluator.name] = evaluator.run()
+            record = {"kind": "validation", "name": evaluator.name, "step": self.steps.step}
+            self.sink.log(record | results[evaluator.name] | {"timestamp": _now()})
+            figures = ", ".join(f"{k.removeprefix('metric/')} {v:.4f}" for k, v in _headline(results[evaluator.name]))
+            log.info("%s at step %d: %s", evaluator.name, self.steps.step, figures)
+        return results
+
+    def restore(self, folder: Path) -> dict[str, Any]:
+        """Continue from the checkpoint in ``folder``; returns its progress record. Every rank must call it."""
+        progress_record, rng = self.checkpointer.load(folder, self._train_state())
+        self.steps.step = progress_record["step"]
+        if rng is not None:
+            set_rng_state(rng)
+        return progress_record
+
+    def _train_step(self, micro_batches: list[Batch], stop: StopRequest) -> tuple[StepResult, float]:
+        lr = self.lr_scheduler.get_last_lr()[0]
+        result = train_step(
+            self.model,
+            micro_batches,
+            loss_fn=self.loss_fn,
+            optimizer=self.optimizer,
+            config=self.step_config,
+            wants_stop=stop.is_set,
+        )
+        self.lr_scheduler.step()
+        self.steps.step += 1
+        self.meter.count(result.num_tokens)
+        self._read_flag()
+        self._unread = (self.steps.step, result, micro_batches)
+        if self.step_config.device.type == "cpu":
+            self._read_flag()  # costs nothing there, and the step that went wrong is named at once
+        return result, lr
+
+    def _read_flag(self) -> None:
+        """Look at the finite flag of the step before, so that the host never waits for the step in flight."""
+        if self._unread is None:
+            return
+        step, result, micro_batches = self._unread
+        self._unread = None
+        if not result.is_bad.item():
+            return
+        what = f"step {step}: loss sum {result.loss_sum.item()}, gradient norm {result.grad_norm.item()}"
+        if self.on_non_finite == "skip":
+            log.warning("%s; not finite, so no weight was changed (on_non_finite=skip)", what)
+            return
+        rank = torch.distributed.get_rank()
+        dump = self.dump_folder / f"non_finite_step_{step}_rank_{rank}.pt"
+        torch.save(micro_batches, dump)
+        raise NonFiniteError(f"{what}; not finite, so no weight was changed. This rank's batch is in {dump}")
+
+    def _log(self, result: StepResult, lr: float) -> None:
+        loss = result.loss_sum.item() / max(1, result.num_label_tokens)
+        self._last_loss = loss
+        record = {
+            "kind": "train",
+            "step": self.steps.step,
+            "epoch": self.steps.epoch,
+            "loss": loss,
+            "grad_norm": result.grad_norm.item(),
+            "lr": lr,
+            "num_label_tokens": result.num_label_tokens,
+            "num_tokens": result.num_tokens,
+            **self.meter.read(),
+            "timestamp": _now(),
+        }
+        self.sink.log(record)
+        log.info(
+            "step %d/%d  loss %.4f  grad norm %.3f  lr %.2e  %.0f tokens/s",
+            self.steps.step, self.steps.total_steps, loss, record["grad_norm"], lr, record["tokens_per_sec"],
+        )  # fmt: skip
+
+    def _evaluate_and_save(self, result: StepResult) -> None:
+        must_stop = result.num_stop_requests > 0 and not self.steps.is_last_step
+        is_save_due = self.steps.is_ckpt_step or must_stop
+        is_val_due = self.steps.is_val_step and not must_stop
+        if not (is_val_due or is_save_due):
+            return
+        with collective_timeout(self.timeouts.slow_phase, then_minutes=self.timeouts.training):
+            if is_val_due:
+                self.evaluate()
+            if is_save_due and self.checkpointer is not None:
+                self._read_flag()
+                self._save()
+        if must_stop:
+            raise RunStopped(self.steps.step, is_saved=self.checkpointer is not None)
+
+    def _save(self) -> None:
+        facts = self.resume_facts | {"step": self.steps.step, "metrics_size": self.metrics_size()}
+        folder = self.checkpointer.save(self._train_state(), progress=facts, rng=rng_state())
+        log.info("checkpoint %s", folder)
+
+    def _train_state(self) -> TrainState:
+        return TrainState(self.model, self.optimizer, self.lr_scheduler)
+
+    _last_loss: float = float("nan")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def _headline(record: dict[str, Any]) -> list[tuple[str, float]]:
+    """Return the entries worth a line on the screen: no counts, no breakdown by kind."""
+    return [(k, v) for k, v in record.items() if isinstance(v, float) and k.count("/") < 2]

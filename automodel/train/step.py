@@ -1,0 +1,124 @@
+"""One optimizer step: a function of its set of rows alone, however they are split over ranks and micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from automodel.distributed.gradients import clip_coefficient, mean_scale, scale_gradients_, total_grad_norm
+from automodel.distributed.reduce import sum_losses
+from automodel.distributed.sync import get_sync_ctx
+from automodel.types import IGNORE_INDEX
+
+Batch = dict[str, torch.Tensor]
+LossFn = Callable[[nn.Module, Batch], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """What stays the same from step to step.
+
+    Attributes:
+        dp_group: the ranks that share the rows of a step, and over which the wrapper averages gradients.
+        clip_norm: largest global gradient norm, or None.
+        autocast: makes the context of a forward.
+    """
+
+    device: torch.device
+    dp_group: dist.ProcessGroup
+    defer_grad_sync: bool
+    clip_norm: float | None
+    autocast: Callable[[], AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave, global over all ranks; ``loss_sum``, ``grad_norm`` and ``is_bad`` stay on the device.
+
+    Attributes:
+        grad_norm: of the gradient of the mean loss, before clipping.
+        is_bad: 1.0 where the loss or the norm was not finite, so that no weight changed.
+        num_stop_requests: ranks that asked to stop after this step.
+    """
+
+    loss_sum: torch.Tensor
+    grad_norm: torch.Tensor
+    is_bad: torch.Tensor
+    num_label_tokens: int
+    num_tokens: int
+    num_stop_requests: int
+
+
+def train_step(
+    model: nn.Module,
+    micro_batches: Sequence[Batch],
+    *,
+    loss_fn: LossFn,
+    optimizer: torch.optim.Optimizer,
+    config: StepConfig,
+    wants_stop: bool = False,
+) -> StepResult:
+    """Take one optimizer step over ``micro_batches``; every rank must call it with as many of them.
+
+    The model's gradients become those of (global loss sum / global number of supervised tokens), whatever
+    averaging the wrapper did, then are clipped. A step without any supervised token, or whose loss or norm is
+    not finite, changes no weight on any rank.
+    """
+    # On the host, where gloo sums them over the ranks while the backward runs: the device is never waited for.
+    counts = torch.tensor([*_count_tokens(micro_batches), int(wants_stop)], dtype=torch.int64)
+    counts_ready = dist.all_reduce(counts, group=config.dp_group, async_op=True)
+
+    losses = []
+    for index, batch in enumerate(micro_batches):
+        is_last = index == len(micro_batches) - 1
+        batch = {name: tensor.to(config.device, non_blocking=True) for name, tensor in batch.items()}
+        with get_sync_ctx(model, is_last, config.defer_grad_sync):
+            with config.autocast():
+                loss_sum = loss_fn(model, batch)
+            loss_sum.backward()
+        losses.append(loss_sum.detach())
+
+    loss_sum = sum_losses(losses, device=config.device, dp_group=config.dp_group)
+    counts_ready.wait()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    scale = mean_scale(counts[0], dist.get_world_size(config.dp_group)).to(config.device)
+    grad_norm = total_grad_norm(parameters) * scale
+    # Undoing the wrapper's average, dividing by the tokens and clipping are one pass over the gradients.
+    scale_gradients_(parameters, scale * clip_coefficient(grad_norm, config.clip_norm))
+
+    is_bad = 1.0 - (torch.isfinite(loss_sum) & torch.isfinite(grad_norm)).float()
+    num_label_tokens, num_tokens, num_stop_requests = counts.tolist()
+    if num_label_tokens:
+        _step_unless(optimizer, is_bad)
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss_sum, grad_norm, is_bad, num_label_tokens, num_tokens, num_stop_requests)
+
+
+def _count_tokens(micro_batches: Sequence[Batch]) -> tuple[int, int]:
+    """Return this rank's (supervised positions, tokens that are not padding), counted on the host.
+
+    A dummy has no supervised position, and its filler token does not count as a token either.
+    """
+    num_label_tokens = num_tokens = 0
+    for batch in micro_batches:
+        supervised = int((batch["labels"] != IGNORE_INDEX).sum())
+        num_label_tokens += supervised
+        num_tokens += int(batch["attention_mask"].sum()) if supervised else 0
+    return num_label_tokens, num_tokens
+
+
+def _step_unless(optimizer: torch.optim.Optimizer, is_bad: torch.Tensor) -> None:
+    """Step the optimizer unless ``is_bad`` is 1, without asking the host where the optimizer can look itself."""
+    if all(group.get("fused") for group in optimizer.param_groups):
+        # The fused kernels skip on the device by this flag, as torch.amp.GradScaler uses them.
+        optimizer.grad_scale = None
+        optimizer.found_inf = is_bad
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+    elif not is_bad.item():
+        optimizer.step()

@@ -1,0 +1,29 @@
+"""Small types that everything may import; none of them needs torch."""
+
+from enum import IntEnum
+
+IGNORE_INDEX = -100
+"""The label of a position that is not supervised (torch's own default)."""
+
+
+class ExitStatus(IntEnum):
+    """How a run ends; a scheduler may requeue a job that ended with STOPPED."""
+
+    DONE = 0
+    FAILED = 1
+    BAD_INPUT = 2
+    STOPPED = 75
+
+
+class UserError(Exception):
+    """What the user gave is wrong: told in plain lines without a traceback, and the run ends with status 2.
+
+    Takes one line for each problem, so that all of them are told at once.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+    def __reduce__(self) -> tuple:
+        return (type(self), self.problems)

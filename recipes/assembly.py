@@ -1,0 +1,277 @@
+"""What every recipe builds from the configuration in the same way; the only other reader of the tree."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from hydra.utils import instantiate as hydra_instantiate
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedTokenizerBase
+
+from automodel.checkpoint.export import export_model
+from automodel.checkpoint.training import Checkpointer
+from automodel.config import Config, resolved_yaml
+from automodel.data.loader import TrainLoader
+from automodel.distributed.dist_info import DistInfo
+from automodel.distributed.ordering import collective_timeout, run_on_main
+from automodel.loggers.fanout import open_loggers
+from automodel.loggers.rundir import RunDir, environment_record
+from automodel.logs import add_log_file, get_logger
+from automodel.optim.optimizers import parameter_groups
+from automodel.train.loop import Evaluator, Timeouts, TrainLoop
+from automodel.train.meter import Meter
+from automodel.train.rng import seed_everything
+from automodel.train.step import LossFn, StepConfig
+from automodel.train.step_scheduler import StepScheduler
+from automodel.types import UserError
+
+log = get_logger(__name__)
+
+
+@dataclass
+class Job:
+    """The run that a recipe works in."""
+
+    cfg: Config
+    dist_info: DistInfo
+    run_dir: RunDir
+    run_id: str
+    strategy: Any = field(init=False)
+    mesh: DeviceMesh = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.strategy = build(self.cfg.distributed)
+        self.mesh = self.strategy.build_mesh(self.dist_info)
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        """The ranks that share the rows of a step: all of them."""
+        return dist.group.WORLD
+
+    @property
+    def autocast(self) -> Callable[[], Any]:
+        return partial(self.strategy.autocast, self.dist_info.device)
+
+    def parallelize(self, model: nn.Module) -> nn.Module:
+        """Move ``model`` to its device and wrap or shard it; then ranks draw their own random numbers."""
+        model = self.strategy.parallelize(model, dist_info=self.dist_info, mesh=self.mesh)
+        seed_everything(self.cfg.rng.seed, rank=self.dist_info.rank)
+        return model
+
+
+def build(section: dict[str, Any] | None) -> Any:
+    """Instantiate a section with a ``_target_``; None where there is no section."""
+    return hydra_instantiate(OmegaConf.create(section), _convert_="all") if section else None
+
+
+def build_loop(
+    job: Job,
+    model: nn.Module,
+    *,
+    rows: Any,
+    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+    loss_fn: LossFn,
+    evaluators: Sequence[Evaluator],
+    fingerprint: str,
+    resume_facts: dict[str, Any] | None = None,
+) -> TrainLoop:
+    """Build the loop over ``rows``, resumed from the run's newest checkpoint where the configuration says so.
+
+    Writes ``config.yaml`` and ``run.json``, opens the loggers and prints the plan: from here on the input is
+    known to be good. Every rank must call it.
+    """
+    cfg, info = job.cfg, job.dist_info
+    num_ranks = info.world_size
+    loader = TrainLoader(
+        rows,
+        collate=collate,
+        global_batch_size=cfg.step_scheduler.global_batch_size,
+        local_batch_size=cfg.step_scheduler.local_batch_size,
+        dp_rank=info.rank,
+        dp_size=num_ranks,
+        seed=cfg.rng.seed,
+        drop_last=cfg.dataloader.drop_last,
+        num_workers=cfg.dataloader.num_workers,
+        pin_memory=info.device.type == "cuda",
+    )
+    steps = StepScheduler(
+        steps_per_epoch=loader.steps_per_epoch,
+        **cfg.step_scheduler.model_dump(exclude={"global_batch_size", "local_batch_size"}),
+    )
+    if not evaluators:
+        steps.val_every_steps = None
+    optimizer = build(cfg.optimizer)(parameter_groups(model))
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    resume_from, metrics_size = _choose_start(job)
+    _open_run(job, model=model, fingerprint=fingerprint, metrics_size=metrics_size, resume_from=resume_from)
+    loop = TrainLoop(
+        model=model,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        lr_scheduler=build(cfg.lr_scheduler)(optimizer, steps.total_steps),
+        steps=steps,
+        epoch_batches=loader.epoch,
+        step_config=StepConfig(
+            device=info.device,
+            dp_group=job.dp_group,
+            defer_grad_sync=job.strategy.defer_grad_sync,
+            clip_norm=cfg.clip_grad_norm.max_norm,
+            autocast=job.autocast,
+        ),
+        evaluators=evaluators,
+        checkpointer=_checkpointer(job),
+        sink=open_loggers(
+            {name: build(section) for name, section in cfg.logger.items()},
+            job.run_dir,
+            run_id=job.run_id,
+            config=cfg.model_dump(),
+            is_main=info.is_main,
+        ),
+        meter=Meter(info.device, world_size=num_ranks, num_parameters=num_parameters),
+        timeouts=Timeouts(training=cfg.dist_env.timeout_minutes, slow_phase=cfg.dist_env.init_timeout_minutes),
+        metrics_size=lambda: job.run_dir.metrics_path.stat().st_size if job.run_dir.metrics_path.exists() else 0,
+        resume_facts=_resume_facts(cfg, fingerprint) | (resume_facts or {}),
+        on_non_finite=cfg.on_non_finite,
+        dump_folder=job.run_dir.path,
+    )
+    if resume_from is not None:
+        _resume(loop, resume_from)
+    _log_plan(job, loop, num_rows=len(rows), num_parameters=num_parameters)
+    return loop
+
+
+def train_and_export(job: Job, loop: TrainLoop, *, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Run ``loop`` to its end and write ``model/``; every rank must call it."""
+    try:
+        if loop.steps.is_last_step:
+            log.info("nothing to train: step %d is the last", loop.steps.step)
+        loop.run()
+        if job.cfg.export.enabled:
+            minutes = job.cfg.dist_env
+            with collective_timeout(minutes.init_timeout_minutes, then_minutes=minutes.timeout_minutes):
+                export_model(loop.model, tokenizer, folder=job.run_dir.model_dir)
+    finally:
+        loop.sink.close()
+
+
+def _choose_start(job: Job) -> tuple[Path | None, int]:
+    """Return the checkpoint to go on from and the length in bytes to which the metrics file is cut."""
+    cfg = job.cfg.checkpoint
+    if cfg.resume not in ("auto", "never"):
+        folder = Path(cfg.resume)
+        is_own = folder.resolve().parent == job.run_dir.checkpoints_dir.resolve()
+        return folder, _saved_metrics_size(folder) if is_own else 0
+    if cfg.resume == "never":
+        if run_on_main(job.run_dir.holds_run):
+            raise UserError(
+                f"output_dir={job.run_dir.path} already holds a run and checkpoint.resume=never: "
+                "choose another output_dir, or checkpoint.resume=auto to go on"
+            )
+        return None, 0
+    newest = Checkpointer(job.run_dir.checkpoints_dir, keep_last=None).newest()
+    return newest, _saved_metrics_size(newest) if newest else 0
+
+
+def _saved_metrics_size(folder: Path) -> int:
+    try:
+        return json.loads((folder / "progress.json").read_text())["metrics_size"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"checkpoint.resume={folder}: not a complete training checkpoint ({error})") from error
+
+
+def _resume_facts(cfg: Config, fingerprint: str) -> dict[str, Any]:
+    return {
+        "rng.seed": cfg.rng.seed,
+        "step_scheduler.global_batch_size": cfg.step_scheduler.global_batch_size,
+        "dataloader.drop_last": cfg.dataloader.drop_last,
+        "dataset fingerprint": fingerprint,
+    }
+
+
+def _resume(loop: TrainLoop, folder: Path) -> None:
+    saved = loop.restore(folder)
+    changed = [
+        f"{name} is {now!r}, but the checkpoint {folder} was made with {saved.get(name)!r}: the rows of a step would "
+        "differ; put it back, or begin a new run with another output_dir"
+        for name, now in loop.resume_facts.items()
+        if saved.get(name) != now
+    ]
+    if changed:
+        raise UserError(*changed)
+    log.info("resumed from %s, at step %d", folder, loop.steps.step)
+
+
+def _checkpointer(job: Job) -> Checkpointer | None:
+    cfg = job.cfg.checkpoint
+    return Checkpointer(job.run_dir.checkpoints_dir, keep_last=cfg.keep_last) if cfg.enabled else None
+
+
+def _open_run(
+    job: Job, *, model: nn.Module, fingerprint: str, metrics_size: int, resume_from: Path | None
+) -> None:
+    counts = {
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+    info = job.dist_info
+
+    def write() -> None:
+        job.run_dir.write_config(resolved_yaml(job.cfg))
+        job.run_dir.start_record(
+            run_id=job.run_id,
+            **environment_record(),
+            world_size=info.world_size,
+            device=str(info.device),
+            backend=info.backend,
+            strategy=job.strategy.name,
+            dataset_fingerprints={"train": fingerprint},
+            **counts,
+            resumed_from_step=int(resume_from.name.split("_")[-1]) if resume_from else None,
+        )
+        job.run_dir.cut_metrics(metrics_size)
+        add_log_file(job.run_dir.log_path)
+
+    run_on_main(write)
+
+
+def _log_plan(job: Job, loop: TrainLoop, *, num_rows: int, num_parameters: int) -> None:
+    cfg, info, steps = job.cfg.step_scheduler, job.dist_info, loop.steps
+    accumulation = cfg.global_batch_size // (cfg.local_batch_size * info.world_size)
+    trained = sum(p.numel() for p in loop.model.parameters() if p.requires_grad)
+    saves = steps.count(steps.ckpt_every_steps) if loop.checkpointer else 0
+    lines = {
+        "recipe": job.cfg.recipe.name,
+        "devices": f"{info.world_size} x {info.device.type} ({info.backend})",
+        "strategy": job.strategy.name,
+        "parameters": f"{num_parameters:,}, of which {trained:,} are trained",
+        "rows": f"{num_rows:,}",
+        "global batch": f"{cfg.global_batch_size} = {cfg.local_batch_size} local x {accumulation} accumulated "
+        f"x {info.world_size} ranks",
+        "steps": f"{steps.total_steps:,} ({steps.steps_per_epoch:,} an epoch)",
+        "evaluations": str(steps.count(steps.val_every_steps) if loop.evaluators else 0),
+        "saves": str(saves),
+        "output": str(job.run_dir.path),
+    }
+    table = Table(show_header=False)
+    for name, value in lines.items():
+        table.add_row(name, value)
+    log.info("the plan\n%s", as_text(table))
+
+
+def as_text(table: Table) -> str:
+    """Render a rich table as plain lines, for the screen and the log file alike."""
+    console = Console(file=io.StringIO(), width=100)
+    console.print(table)
+    return console.file.getvalue().rstrip()

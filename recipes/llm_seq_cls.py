@@ -1,0 +1,77 @@
+"""Sequence classification: a label for each text, scored by accuracy and macro F1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from automodel.data.collate import ClassificationCollator
+from automodel.data.loader import validation_batches
+from automodel.data.prepare import load_classification
+from automodel.data.rows import ClassificationRows
+from automodel.distributed.ordering import everywhere
+from automodel.eval.validation import Validation, measure_classification, summarize_classification, validate
+from automodel.models.hf import pad_token_id
+from automodel.recipes.assembly import Job, build, build_loop, train_and_export
+from automodel.train.loop import Evaluator
+from automodel.train.rng import seed_everything
+
+
+def run(job: Job) -> None:
+    """Train, validate and export as ``job.cfg`` says; every rank must call it."""
+    cfg, info = job.cfg, job.dist_info
+    source = build(cfg.model)
+    tokenizer = everywhere(source.load_tokenizer)
+    train_rows, validation_rows = everywhere(lambda: _load_rows(job, source, tokenizer))
+    seed_everything(cfg.rng.seed)
+    model = job.parallelize(everywhere(lambda: source.build(tokenizer, label_names=train_rows.label_names)))
+
+    loss_fn = build(cfg.loss_fn)
+    collate = ClassificationCollator(pad_token_id(tokenizer))
+    evaluators = []
+    if validation_rows is not None:
+        validation = Validation(
+            "validation",
+            batches=lambda: validation_batches(
+                validation_rows.examples,
+                collate=collate,
+                batch_size=cfg.step_scheduler.local_batch_size,
+                dp_rank=info.rank,
+                dp_size=info.world_size,
+            ),
+            measure=measure_classification(loss_fn, len(train_rows.label_names)),
+            summarize=summarize_classification,
+        )
+        evaluators.append(
+            Evaluator(
+                validation.name,
+                lambda: validate(
+                    model, validation, device=info.device, dp_group=job.dp_group, autocast=job.autocast
+                ),
+            )
+        )
+    loop = build_loop(
+        job,
+        model,
+        rows=train_rows.examples,
+        collate=collate,
+        loss_fn=loss_fn,
+        evaluators=evaluators,
+        fingerprint=train_rows.fingerprint,
+        resume_facts={"labels": list(train_rows.label_names)},
+    )
+    train_and_export(job, loop, tokenizer=tokenizer)
+
+
+def _load_rows(
+    job: Job, source: Any, tokenizer: PreTrainedTokenizerBase
+) -> tuple[ClassificationRows, ClassificationRows | None]:
+    limit = source.max_length()
+    train_rows = load_classification(build(job.cfg.dataset), tokenizer, model_max_length=limit)
+    validation_set = build(job.cfg.validation_dataset)
+    if validation_set is None:
+        return train_rows, None
+    return train_rows, load_classification(
+        validation_set, tokenizer, model_max_length=limit, label_names=train_rows.label_names
+    )
