@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -43,8 +44,11 @@ class DDP:
         if dist_info.world_size == 1:
             return model
         device_ids = [dist_info.device.index] if dist_info.device.type == "cuda" else None
+        # The models' buffers (rotary frequencies) never change; torch 2.13 gave the option another name.
+        options = inspect.signature(DistributedDataParallel).parameters
+        sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
         return DistributedDataParallel(
-            model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            model, device_ids=device_ids, gradient_as_bucket_view=True, **{sync_buffers: False}
         )
 
     def autocast(self, device: torch.device) -> AbstractContextManager:

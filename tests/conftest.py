@@ -1,0 +1,25 @@
+"""Fixtures that every test may use."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real rows and a real model beside the checkout."""
+    if not SHARED_DATA.is_dir():
+        if os.environ.get("AUTOMODEL_REQUIRE_SHARED"):
+            pytest.fail(f"AUTOMODEL_REQUIRE_SHARED is set, but there is no {SHARED_DATA}")
+        pytest.skip("needs real rows in ../shared/data, which a plain clone does not have")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def stories(shared_data: Path) -> Path:
+    """A real pretrained Llama of 260k parameters with its tokenizer."""
+    return shared_data / "models" / "stories260k"
