@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from automodel.distributed.dist_info import DistInfo
     from automodel.loggers.rundir import RunDir
 
-log = get_logger(__name__)
+log = get_logger("automodel.run")  # not __name__, which is __main__ under python -m
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -100,8 +100,6 @@ def _close_run_dir(run_dir: RunDir, status: ExitStatus, ended: dict[str, Any]) -
         return
     if run_dir.run_json_path.exists():
         run_dir.update_record(ended=ended | {"time": datetime.now(UTC).isoformat()})
-    if status == ExitStatus.DONE:
-        log.info("everything is in %s", run_dir.path)
     run_dir.release()
 
 

@@ -166,6 +166,16 @@ def train_and_export(job: Job, loop: TrainLoop, *, tokenizer: PreTrainedTokenize
         loop.sink.close()
 
 
+def log_where_and_next(job: Job, *, next_steps: Sequence[str] = ()) -> None:
+    """End the screen with where everything lies and what to try next."""
+    folder = job.run_dir.path
+    lines = [f"the model: {folder / 'model'}"] if job.cfg.export.enabled else []
+    lines += [f"metrics: {folder / 'metrics.jsonl'}", f"everything else: {folder}"]
+    if next_steps:
+        lines += ["next:", *(f"  {step}" for step in next_steps)]
+    log.info("done\n%s", "\n".join(lines))
+
+
 def _choose_start(job: Job) -> tuple[Path | None, int]:
     """Return the checkpoint to go on from and the length in bytes to which the metrics file is cut."""
     cfg = job.cfg.checkpoint

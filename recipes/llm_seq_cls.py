@@ -13,7 +13,7 @@ from automodel.data.rows import ClassificationRows
 from automodel.distributed.ordering import everywhere
 from automodel.eval.validation import Validation, measure_classification, summarize_classification, validate
 from automodel.models.hf import pad_token_id
-from automodel.recipes.assembly import Job, build, build_loop, train_and_export
+from automodel.recipes.assembly import Job, build, build_loop, log_where_and_next, train_and_export
 from automodel.train.loop import Evaluator
 from automodel.train.rng import seed_everything
 
@@ -29,7 +29,7 @@ def run(job: Job) -> None:
 
     loss_fn = build(cfg.loss_fn)
     collate = ClassificationCollator(pad_token_id(tokenizer))
-    evaluators = []
+    evaluators: list[Evaluator] = []
     if validation_rows is not None:
         validation = Validation(
             "validation",
@@ -62,6 +62,7 @@ def run(job: Job) -> None:
         resume_facts={"labels": list(train_rows.label_names)},
     )
     train_and_export(job, loop, tokenizer=tokenizer)
+    log_where_and_next(job)
 
 
 def _load_rows(

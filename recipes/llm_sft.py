@@ -17,11 +17,18 @@ from automodel.eval.generation import GenerationEvaluation, GenerationScores
 from automodel.eval.validation import Validation, measure_loss, validate
 from automodel.logs import get_logger
 from automodel.models.hf import pad_token_id
-from automodel.recipes.assembly import Job, as_text, build, build_loop, train_and_export
+from automodel.recipes.assembly import Job, as_text, build, build_loop, log_where_and_next, train_and_export
 from automodel.train.loop import Evaluator
 from automodel.train.rng import seed_everything
 
 log = get_logger(__name__)
+
+_NEXT_AFTER_DEMO = (
+    "python -m automodel.run model=hf model.pretrained_model_name_or_path=DIR_OR_HUB_ID dataset=jsonl "
+    "dataset.path=YOUR_ROWS.jsonl",
+    "python -m automodel.run launch.nproc_per_node=2 distributed=fsdp2",
+    "python -m automodel.run --help",
+)
 
 
 def run(job: Job) -> None:
@@ -36,7 +43,7 @@ def run(job: Job) -> None:
     loss_fn = build(cfg.loss_fn)
     collate = CausalLMCollator(pad_token_id(tokenizer))
     scores: list[GenerationScores] = []
-    evaluators = []
+    evaluators: list[Evaluator] = []
     if validation_rows is not None:
         evaluator = _Evaluator(job, model, tokenizer, rows=validation_rows, collate=collate, loss_fn=loss_fn)
         evaluators.append(Evaluator("validation", lambda: evaluator.run(scores)))
@@ -54,6 +61,7 @@ def run(job: Job) -> None:
     train_and_export(job, loop, tokenizer=tokenizer)
     if scores:
         _report(scores)
+    log_where_and_next(job, next_steps=_NEXT_AFTER_DEMO if source.name == "demo" else ())
 
 
 def _load_rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 
 from automodel.capabilities import LATER_KEYS
 from automodel.config.check import cross_checks
-from automodel.config.command_line import compose_command_line, has_help, hydra_flags
+from automodel.config.command_line import compose_command_line, compose_defaults, has_help, hydra_flags
 from automodel.config.help import help_text
 from automodel.config.messages import pydantic_problems
 from automodel.config.names import nearest_key
@@ -49,16 +50,40 @@ def load_config(argv: list[str], *, env: Mapping[str, str] = os.environ) -> Conf
 
 def validate(tree: dict[str, Any], env: Mapping[str, str]) -> tuple[Config | None, list[str]]:
     """Check a resolved tree in full; a user's own targets are imported only once nothing else is wrong."""
+    problems = []
     try:
-        config = Config.model_validate(tree)
+        config: Config | None = Config.model_validate(tree)
     except ValidationError as error:
-        problems = [_with_hint(line, tree) for line in pydantic_problems(error)]
-        return None, problems + [line for name, section in _sections(tree) for line in _check_ours(name, section)]
-    problems = [line for name, section in _sections(tree) for line in _check_ours(name, section)]
-    problems += cross_checks(config, env)
+        problems = [_with_hint(line) for line in pydantic_problems(error)]
+        config = _with_defaults_instead(tree, error)
+    sections = _sections(tree)
+    problems += [line for name, section in sections for line in _check_ours(name, section)]
+    if config is not None:
+        problems += cross_checks(config, env)
     if not problems:
-        problems = [line for name, section in _sections(tree) if not is_ours(section) for line in check_target(name, section)]
+        theirs = [(name, section) for name, section in sections if not is_ours(section)]
+        problems = [line for name, section in theirs for line in check_target(name, section)]
     return config, problems
+
+
+def _with_defaults_instead(tree: dict[str, Any], error: ValidationError) -> Config | None:
+    """Put defaults where keys are wrong, so that the rest can be checked too; None where that does not help."""
+    tree, defaults = copy.deepcopy(tree), compose_defaults()
+    for item in error.errors():
+        place, default = tree, defaults
+        *parents, last = item["loc"][:2]
+        for parent in parents:
+            place, default = place.get(parent), default.get(parent)
+            if not isinstance(place, dict) or not isinstance(default, dict):
+                return None
+        if last in default:
+            place[last] = default[last]
+        else:
+            place.pop(last, None)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError:
+        return None
 
 
 def _sections(tree: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -73,7 +98,7 @@ def _check_ours(name: str, section: dict[str, Any]) -> list[str]:
     return check_target(name, section) if is_ours(section) or "_target_" not in section else []
 
 
-def _with_hint(line: str, tree: dict[str, Any]) -> str:
+def _with_hint(line: str) -> str:
     """Add the nearest key to a line about an unknown one, or that it belongs to a later version."""
     key, _, rest = line.partition(" is not a known key")
     if key == line or rest:

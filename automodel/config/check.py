@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from automodel.config.names import did_you_mean
 from automodel.config.schema import Config
 
+BACKENDS = ("auto", "nccl", "gloo", "xccl", "ccl", "hccl", "mpi")
 BUILT_IN_CHAT_TEMPLATES = ("chatml",)
 
 
 def cross_checks(cfg: Config, env: Mapping[str, str] = os.environ) -> list[str]:
     """Return every problem found with the whole of ``cfg``, a line each."""
     checks: tuple[Callable[[Config], Iterator[str]], ...] = (
+        _check_backend,
         _check_model,
         _check_datasets,
         _check_evaluation,
@@ -70,6 +73,12 @@ def _environment_problem(env: Mapping[str, str]) -> str | None:
         if int(env["RANK"]) >= int(env["WORLD_SIZE"]):
             return f"RANK={env['RANK']} in the environment is not below WORLD_SIZE={env['WORLD_SIZE']}"
     return None
+
+
+def _check_backend(cfg: Config) -> Iterator[str]:
+    if cfg.dist_env.backend not in BACKENDS:
+        hint = did_you_mean(cfg.dist_env.backend, BACKENDS)
+        yield f"dist_env.backend={cfg.dist_env.backend} must be one of {', '.join(BACKENDS)}{hint}"
 
 
 def _check_model(cfg: Config) -> Iterator[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from automodel import conf
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,10 +19,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from automodel.capabilities import LATER_KEYS, LATER_OPTIONS
 from automodel.config.names import did_you_mean, leaf_keys, nearest, nearest_key
+from automodel.config.targets import check_target
 
 _HYDRA_FLAGS = ("-m", "--multirun", "--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "-sc",
                 "--shell-completion", "--resolve", "--package", "-p")  # fmt: skip
-_CONFIG_ROOT = Path(__import__("automodel.conf", fromlist=["conf"]).__file__).parent
+CONFIG_ROOT = Path(conf.__file__).parent
 
 
 @dataclass
@@ -45,12 +47,19 @@ def hydra_flags(argv: list[str]) -> bool:
 def config_groups(extra_dir: str | None = None) -> dict[str, list[str]]:
     """Return the options of every group; those that a combination chooses by itself (with ``-``) left out."""
     groups: dict[str, list[str]] = {}
-    for root in filter(None, (_CONFIG_ROOT, extra_dir and Path(extra_dir))):
+    for root in filter(None, (CONFIG_ROOT, extra_dir and Path(extra_dir))):
         for file in sorted(Path(root).glob("*/*.yaml")):
-            if "-" not in file.stem or root is not _CONFIG_ROOT:
+            if "-" not in file.stem or root is not CONFIG_ROOT:
                 groups.setdefault(file.parent.name, []).append(file.stem)
     groups.setdefault("experiment", [])
     return groups
+
+
+def compose_defaults() -> dict[str, Any]:
+    """Return the plain tree of our own defaults."""
+    tree = _compose(_Source(None, None, None), [], [])
+    assert tree is not None, "the shipped configuration does not compose"
+    return tree
 
 
 def compose_command_line(argv: list[str]) -> Composed:
@@ -60,8 +69,9 @@ def compose_command_line(argv: list[str]) -> Composed:
     args, unknown = get_args_parser().parse_known_args(overrides_argv)
     result.problems += [f"{option} is not an option; write key=value" for option in unknown]
     source = _Source(args.config_path, args.config_name, args.config_dir)
-    result.problems += source.problems()
-    if result.problems and source.problems():
+    source_problems = source.problems()
+    result.problems += source_problems
+    if source_problems:
         return result
 
     parsed = list(_parse(args.overrides, result.problems))
@@ -98,20 +108,26 @@ class _Source:
             if path is not None and not Path(path).is_dir():
                 found.append(f"{option}={path} is not a folder")
         if not found:
-            folders = [self.config_path or self.config_dir, None if self.has_own_root else _CONFIG_ROOT]
+            folders = [self.config_path or self.config_dir, None if self.has_own_root else CONFIG_ROOT]
             if not any(folder and (Path(folder) / f"{self.name}.yaml").is_file() for folder in folders):
                 found.append(f"--config-name={self.name}: there is no {self.name}.yaml in {folders[0] or 'conf'}")
         return found
 
     def open(self) -> AbstractContextManager:
-        if self.config_path is not None:
-            return initialize_config_dir(str(Path(self.config_path).resolve()), version_base="1.3")
+        root = self.config_path or (self.config_dir if self._is_primary_in_dir() else None)
+        if root is not None:
+            return initialize_config_dir(str(Path(root).resolve()), version_base="1.3")
         return initialize_config_module("automodel.conf", version_base="1.3")
 
     def extra(self) -> list[str]:
+        """Return the override by which Hydra looks in the other place too."""
         if self.config_dir is None:
             return []
-        return [f"hydra.searchpath=[file://{Path(self.config_dir).resolve()}]"]
+        other = "pkg://automodel.conf" if self._is_primary_in_dir() else f"file://{Path(self.config_dir).resolve()}"
+        return [f"hydra.searchpath=[{other}]"]
+
+    def _is_primary_in_dir(self) -> bool:
+        return self.config_dir is not None and (Path(self.config_dir) / f"{self.name}.yaml").is_file()
 
 
 def _is_foreign_option(arg: str, argv: list[str], problems: list[str]) -> bool:
@@ -159,13 +175,13 @@ def _is_known_choice(override: Override, source: _Source, problems: list[str]) -
 
 def _is_known_value(override: Override, base: dict[str, Any], source: _Source, problems: list[str]) -> bool:
     key = override.key_or_group
+    if source.has_own_root and key in config_groups() and not isinstance(override.value(), dict):
+        problems.append(f"{override.input_line}: a saved configuration has no groups to choose from; change its keys")
+        return False
     if key.split(".")[0] == "hydra" or _exists(base, key):
         return True
     if any(key == later or key.startswith(f"{later}.") for later in LATER_KEYS):
         problems.append(f"{key} is not available in this version")
-        return False
-    if source.has_own_root and "." not in key and key in config_groups():
-        problems.append(f"{override.input_line}: a saved configuration has no groups to choose from; change its keys")
         return False
     parent = key.rpartition(".")[0]
     if override.is_add() and parent and _is_open(base, parent):
@@ -174,22 +190,15 @@ def _is_known_value(override: Override, base: dict[str, Any], source: _Source, p
     if top in source.groups and base.get(top) in (None, {}):
         problems.append(f"{key}: nothing is chosen for {top}; add {top}={'|'.join(source.groups[top])}")
         return False
-    if top in source.groups and nearest(top, base) == top and "." in key:
-        siblings = [f"{top}.{name}" for name in leaf_keys(base[top])]
-        found = nearest_key(key, siblings)
-    else:
-        found = nearest_key(key, leaf_keys(base)) or nearest(key, source.groups)
-    if top == key and (group := nearest(key, source.groups)) and "." not in key:
-        found = group if found is None or "." in found and nearest(key, [found.split(".")[-1], group]) == group else found
-    hint = f"; did you mean {found}?" if found else "; python -m automodel.run --help lists the keys"
     if top == "distributed" and "." in key:
-        from automodel.config.targets import check_target
-
-        extended = base["distributed"] | {key.split(".")[1]: None}
-        told = [line for line in check_target("distributed", extended) if line.startswith(f"{key} ")]
-        problems.extend(told[:1])
-        if told:
-            return False
+        told = check_target("distributed", base["distributed"] | {key.split(".")[1]: None})
+        problems += [line for line in told if line.startswith(f"{key} ")]
+        return False
+    known = [each for each in leaf_keys(base) if each.startswith(f"{top}.")] if top in base else leaf_keys(base)
+    found = nearest_key(key, known)
+    if "." not in key:
+        found = nearest(key, [*source.groups, *base]) or found
+    hint = f"; did you mean {found}?" if found else "; python -m automodel.run --help lists the keys"
     problems.append(f"{key} is not a known key{hint}")
     return False
 

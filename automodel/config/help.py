@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from automodel.config.command_line import _CONFIG_ROOT, config_groups
+from automodel.config.command_line import CONFIG_ROOT, config_groups
 from automodel.config.schema import Config
 
 _TOP = """python -m automodel.run [recipe=NAME] [group=option ...] [key=value ...]
@@ -32,13 +32,13 @@ def help_text() -> str:
     lines = [_TOP, "Groups: group=option"]
     for group, options in config_groups().items():
         lines.append(f"  {group}")
-        lines += [_row(f"    {option}", _headline(_CONFIG_ROOT / group / f"{option}.yaml")) for option in options]
+        lines += [_row(f"    {option}", _headline(CONFIG_ROOT / group / f"{option}.yaml")) for option in options]
     lines += ["", "Keys: key=value", *_fixed_keys(), *_group_keys(), "", _EXAMPLES]
     return "\n".join(lines)
 
 
 def _fixed_keys() -> list[str]:
-    defaults = yaml.safe_load((_CONFIG_ROOT / "config.yaml").read_text())
+    defaults = yaml.safe_load((CONFIG_ROOT / "config.yaml").read_text())
     lines = []
     for name, field in Config.model_fields.items():
         inner = getattr(field.annotation, "model_fields", None)
@@ -59,7 +59,7 @@ def _group_keys() -> list[str]:
         if group in ("recipe", "tuned", "experiment", "validation_dataset"):
             continue
         for option in options:
-            for key, default, comment in _commented_keys(_CONFIG_ROOT / group / f"{option}.yaml"):
+            for key, default, comment in _commented_keys(CONFIG_ROOT / group / f"{option}.yaml"):
                 name = f"  {group}.{key}={default}"
                 if name not in seen or comment:
                     seen[name] = comment or f"({group}={option})"

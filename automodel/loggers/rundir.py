@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from automodel import __version__
 from automodel.types import UserError
 
 
@@ -108,8 +109,8 @@ class RunDir:
 
 def environment_record() -> dict[str, Any]:
     """Return what this run runs on: command, versions, git commit of the working folder, host."""
-    names = ("automodel", "torch", "transformers", "datasets", "hydra-core", "numpy")
-    versions = {"python": platform.python_version()} | {name: _version(name) for name in names}
+    names = ("torch", "transformers", "datasets", "hydra-core", "numpy")
+    versions = {"automodel": __version__, "python": platform.python_version()} | {name: _version(name) for name in names}
     return {
         "command": shlex.join([sys.executable, *sys.orig_argv[1:]]),
         "versions": versions,
