@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from automodel.config import Config, has_help, help_text, hydra_flags, load_config
+from automodel.config import Config, has_help, help_text, hydra_flags, load_config, sweep_jobs
 from automodel.launch.local import LocalLaunch
 from automodel.launch.run_id import default_run_id
 from automodel.launch.worker import die_with_launcher, is_worker, leave
@@ -39,8 +39,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         _tell(error)
         leave(ExitStatus.BAD_INPUT)
+    jobs = sweep_jobs(argv)
     if hydra_flags(argv):
-        _run_by_hydra(argv)
+        _show_by_hydra(argv)
+    elif jobs is not None:
+        sys.exit(_run_sweep(jobs))
     elif is_worker(os.environ) or cfg.launch.get("nproc_per_node", 1) == 1:
         leave(run_recipe(cfg))
     else:
@@ -124,12 +127,23 @@ def _how_it_failed(error: BaseException) -> tuple[ExitStatus, dict[str, Any]]:
         log.info("%s%s", error, "" if error.is_saved else "; checkpoint.enabled=false, so nothing was saved")
         status = ExitStatus.STOPPED if error.is_saved else ExitStatus.FAILED
         return status, {"status": "stopped", "step": error.step}
+    if _is_echo(error):
+        # A peer failed first: its traceback is the one to read, and the launcher is about to end this rank.
+        time.sleep(5)
     _record_for_agent(error)
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
     else:
         traceback.print_exception(error)
     return ExitStatus.FAILED, {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+
+
+def _is_echo(error: BaseException) -> bool:
+    """Return whether ``error`` is what a collective says when a peer has gone."""
+    import torch.distributed as dist
+
+    gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in gone)
 
 
 def _record_for_agent(error: BaseException) -> None:
@@ -149,25 +163,28 @@ def _tell(error: UserError) -> None:
         time.sleep(2)
 
 
-def _run_by_hydra(argv: list[str]) -> None:
-    """Let Hydra do what only it can (``--cfg``, ``-m``); each job of a sweep is a process of its own."""
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-
+def _run_sweep(jobs: list[list[str]]) -> int:
+    """Run every job in a process of its own, with an id of its own; the first that fails ends the sweep."""
     sweep_id = default_run_id()
+    for number, job in enumerate(jobs):
+        log.info("job %d of %d: %s", number + 1, len(jobs), " ".join(job))
+        env = os.environ | {"AUTOMODEL_RUN_ID": f"{sweep_id}-{number}"}
+        status = subprocess.run([sys.executable, "-m", "automodel.run", *job], env=env, check=False).returncode
+        if status:
+            return status
+    return ExitStatus.DONE
+
+
+def _show_by_hydra(argv: list[str]) -> None:
+    """Let Hydra print what is asked for (``--cfg``, ``--info``, ...); nothing runs."""
+    import hydra
 
     @hydra.main(config_path="pkg://automodel.conf", config_name="config", version_base="1.3")
-    def task(cfg: Any) -> None:
-        state = HydraConfig.get()
-        overrides = [*state.overrides.task]
-        run_id = sweep_id if state.job.get("num") is None else f"{sweep_id}-{state.job.num}"
-        command = [sys.executable, "-m", "automodel.run", *overrides]
-        status = subprocess.run(command, env=os.environ | {"AUTOMODEL_RUN_ID": run_id}, check=False).returncode
-        if status:
-            raise SystemExit(status)
+    def show_nothing_else(cfg: Any) -> None:
+        pass
 
     sys.argv = [sys.argv[0], *argv]
-    task()
+    show_nothing_else()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
 from automodel.checkpoint.export import export_model
-from automodel.checkpoint.training import Checkpointer
+from automodel.checkpoint.training import Checkpointer, read_progress
 from automodel.config import Config, resolved_yaml
 from automodel.data.loader import TrainLoader
 from automodel.distributed.dist_info import DistInfo
@@ -114,7 +113,8 @@ def build_loop(
         steps.val_every_steps = None
     optimizer = build(cfg.optimizer)(parameter_groups(model))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    resume_from, metrics_size = _choose_start(job)
+    facts = _resume_facts(cfg, fingerprint) | (resume_facts or {})
+    resume_from, metrics_size = _choose_start(job, facts)
     _open_run(job, model=model, fingerprint=fingerprint, metrics_size=metrics_size, resume_from=resume_from)
     loop = TrainLoop(
         model=model,
@@ -142,12 +142,13 @@ def build_loop(
         meter=Meter(info.device, world_size=num_ranks, num_parameters=num_parameters),
         timeouts=Timeouts(training=cfg.dist_env.timeout_minutes, slow_phase=cfg.dist_env.init_timeout_minutes),
         metrics_size=lambda: job.run_dir.metrics_path.stat().st_size if job.run_dir.metrics_path.exists() else 0,
-        resume_facts=_resume_facts(cfg, fingerprint) | (resume_facts or {}),
+        resume_facts=facts,
         on_non_finite=cfg.on_non_finite,
         dump_folder=job.run_dir.path,
     )
     if resume_from is not None:
-        _resume(loop, resume_from)
+        loop.restore(resume_from)
+        log.info("resumed from %s, at step %d", resume_from, steps.step)
     _log_plan(job, loop, num_rows=len(rows), num_parameters=num_parameters)
     return loop
 
@@ -176,29 +177,33 @@ def log_where_and_next(job: Job, *, next_steps: Sequence[str] = ()) -> None:
     log.info("done\n%s", "\n".join(lines))
 
 
-def _choose_start(job: Job) -> tuple[Path | None, int]:
-    """Return the checkpoint to go on from and the length in bytes to which the metrics file is cut."""
-    cfg = job.cfg.checkpoint
-    if cfg.resume not in ("auto", "never"):
-        folder = Path(cfg.resume)
-        is_own = folder.resolve().parent == job.run_dir.checkpoints_dir.resolve()
-        return folder, _saved_metrics_size(folder) if is_own else 0
-    if cfg.resume == "never":
+def _choose_start(job: Job, facts: dict[str, Any]) -> tuple[Path | None, int]:
+    """Return the checkpoint to go on from and the length in bytes to which the metrics file is cut.
+
+    Nothing is changed yet: a checkpoint whose rows would differ from those of ``facts`` is refused here.
+    """
+    resume = job.cfg.checkpoint.resume
+    own_folder = job.run_dir.checkpoints_dir
+    if resume == "never":
         if run_on_main(job.run_dir.holds_run):
             raise UserError(
                 f"output_dir={job.run_dir.path} already holds a run and checkpoint.resume=never: "
                 "choose another output_dir, or checkpoint.resume=auto to go on"
             )
         return None, 0
-    newest = Checkpointer(job.run_dir.checkpoints_dir, keep_last=None).newest()
-    return newest, _saved_metrics_size(newest) if newest else 0
-
-
-def _saved_metrics_size(folder: Path) -> int:
-    try:
-        return json.loads((folder / "progress.json").read_text())["metrics_size"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"checkpoint.resume={folder}: not a complete training checkpoint ({error})") from error
+    folder = Checkpointer(own_folder, keep_last=None).newest() if resume == "auto" else Path(resume)
+    if folder is None:
+        return None, 0
+    saved = run_on_main(lambda: read_progress(folder))
+    changed = [
+        f"{name} is {now!r}, but the checkpoint {folder} was made with {saved.get(name)!r}: the rows of a step would "
+        "differ; put it back, or begin a new run with another output_dir"
+        for name, now in facts.items()
+        if saved.get(name) != now
+    ]
+    if changed:
+        raise UserError(*changed)
+    return folder, saved["metrics_size"] if folder.resolve().parent == own_folder.resolve() else 0
 
 
 def _resume_facts(cfg: Config, fingerprint: str) -> dict[str, Any]:
@@ -208,19 +213,6 @@ def _resume_facts(cfg: Config, fingerprint: str) -> dict[str, Any]:
         "dataloader.drop_last": cfg.dataloader.drop_last,
         "dataset fingerprint": fingerprint,
     }
-
-
-def _resume(loop: TrainLoop, folder: Path) -> None:
-    saved = loop.restore(folder)
-    changed = [
-        f"{name} is {now!r}, but the checkpoint {folder} was made with {saved.get(name)!r}: the rows of a step would "
-        "differ; put it back, or begin a new run with another output_dir"
-        for name, now in loop.resume_facts.items()
-        if saved.get(name) != now
-    ]
-    if changed:
-        raise UserError(*changed)
-    log.info("resumed from %s, at step %d", folder, loop.steps.step)
 
 
 def _checkpointer(job: Job) -> Checkpointer | None:

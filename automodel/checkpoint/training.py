@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import zlib
@@ -54,7 +55,7 @@ class Checkpointer:
         final = self.folder / f"step_{progress['step']:08d}"
         partial = self.folder / f".{final.name}.partial"
         run_on_main(lambda: _make_empty(partial))
-        dcp.save(_app_state(state) | {f"rng_{dist.get_rank()}": rng}, checkpoint_id=partial)
+        dcp.save(_app_state(state) | {f"rng_{dist.get_rank()}": pickle.dumps(rng)}, checkpoint_id=partial)
         run_on_main(lambda: self._publish(partial, final, progress))
         return final
 
@@ -74,12 +75,11 @@ class Checkpointer:
         problem = run_on_main(lambda: damage(folder))
         if problem:
             raise UserError(f"checkpoint.resume={folder}: {problem}")
-        progress = json.loads((folder / PROGRESS).read_text())
+        progress = read_progress(folder)
         app = _app_state(state)
-        rank = dist.get_rank()
-        if rank < progress["world_size"]:
-            app[f"rng_{rank}"] = {}
-            app[f"rng_{rank}"] = _saved_keys(folder, f"rng_{rank}")
+        own_rng = f"rng_{dist.get_rank()}"
+        if dist.get_rank() < progress["world_size"]:
+            app[own_rng] = b""
         try:
             dcp.load(app, checkpoint_id=folder)
         except dcp.api.CheckpointException as error:
@@ -89,7 +89,7 @@ class Checkpointer:
             state.model, state.optimizer, model_state_dict=app["model"], optim_state_dict=app["optimizer"]
         )
         state.lr_scheduler.load_state_dict(app["lr_scheduler"])
-        return progress, app.get(f"rng_{rank}")
+        return progress, pickle.loads(app[own_rng]) if own_rng in app else None
 
     def _publish(self, partial: Path, final: Path, progress: dict[str, Any]) -> None:
         (partial / PROGRESS).write_text(json.dumps(progress | {"world_size": dist.get_world_size()}, indent=2))
@@ -123,6 +123,18 @@ class Checkpointer:
         return None
 
 
+def read_progress(folder: Path) -> dict[str, Any]:
+    """Return the small facts of a checkpoint: ``step``, ``world_size``, ``metrics_size``, what decides the rows.
+
+    Raises:
+        UserError: there are none, so that this is no complete checkpoint.
+    """
+    try:
+        return json.loads((folder / PROGRESS).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint.resume={folder}: not a complete training checkpoint ({error})") from error
+
+
 def damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint folder, or None when every file is as it was written."""
     try:
@@ -145,13 +157,6 @@ def damage(folder: Path) -> str | None:
 def _app_state(state: TrainState) -> dict[str, Any]:
     model, optimizer = get_state_dict(state.model, state.optimizer)
     return {"model": model, "optimizer": optimizer, "lr_scheduler": state.lr_scheduler.state_dict()}
-
-
-def _saved_keys(folder: Path, name: str) -> dict[str, Any]:
-    """Return a skeleton of the nested entry ``name`` for ``dcp.load`` to fill."""
-    metadata = dcp.FileSystemReader(folder).read_metadata()
-    paths = [path for path in (metadata.planner_data or {}).values() if path[0] == name]
-    return {path[1]: None for path in paths}
 
 
 def _make_empty(folder: Path) -> None:

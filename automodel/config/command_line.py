@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -21,7 +22,8 @@ from automodel.capabilities import LATER_KEYS, LATER_OPTIONS
 from automodel.config.names import did_you_mean, leaf_keys, nearest, nearest_key
 from automodel.config.targets import check_target
 
-_HYDRA_FLAGS = ("-m", "--multirun", "--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "-sc",
+_SWEEP_FLAGS = ("-m", "--multirun")
+_HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "-sc",
                 "--shell-completion", "--resolve", "--package", "-p")  # fmt: skip
 CONFIG_ROOT = Path(conf.__file__).parent
 
@@ -42,6 +44,16 @@ def has_help(argv: list[str]) -> bool:
 def hydra_flags(argv: list[str]) -> bool:
     """Return whether the command line asks for something that Hydra itself must do."""
     return any(arg.split("=")[0] in _HYDRA_FLAGS for arg in argv)
+
+
+def sweep_jobs(argv: list[str]) -> list[list[str]] | None:
+    """Return the command line of every job of a sweep, or None where the command line is no sweep."""
+    if not any(arg in _SWEEP_FLAGS for arg in argv):
+        return None
+    overrides = get_args_parser().parse_known_args(argv)[0].overrides
+    options = [arg for arg in argv if arg not in overrides and arg not in _SWEEP_FLAGS]
+    choices = [_lines(override) for override in _parse(overrides, [])]
+    return [[*options, *lines] for lines in itertools.product(*choices)]
 
 
 def config_groups(extra_dir: str | None = None) -> dict[str, list[str]]:

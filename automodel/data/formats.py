@@ -1,14 +1,19 @@
-"""Recognise what a row holds, and bring it to one of three shapes: prompt with completion, messages, text with label."""
+"""Recognise what a row holds and bring it to one shape: prompt and completion, messages, or text and label."""
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from automodel.data.readers import BadRow, require_text
 
 FormatName = Literal["auto", "prompt_completion", "alpaca", "messages", "text_label"]
+
+
+class UnknownFormat(BadRow):
+    """The format of a whole file cannot be told; naming every row would say the same again and again."""
 
 
 class PromptCompletion(NamedTuple):
@@ -84,13 +89,14 @@ class RowFormat:
         read = [_read_turn(turn, number) for number, turn in enumerate(turns, start=1)]
         if not any(turn["role"] == "assistant" for turn in read):
             raise BadRow("no message of the assistant: there is nothing to train on")
-        tools = row.get("tools")
-        return Messages(read, tools if isinstance(tools, list) and tools else None)
+        return Messages(read, _read_tools(row.get("tools")))
 
     def _read_text_label(self, row: Mapping[str, Any]) -> TextLabel:
         label = self._value(row, "label")
         if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
             raise BadRow(f'the field "{self._fields["label"]}" must be a whole number or a name')
+        if isinstance(label, str):
+            require_text(label, self._fields["label"])
         if "text" in self._fields:
             text = self._text(row, "text", may_be_empty=False)
         else:
@@ -117,18 +123,17 @@ def choose_format(
     """Return the format of a file from its name or, with ``auto``, from the columns mapped and its first row.
 
     Raises:
-        BadRow: the fields are not those of a known format, or of several; it says which key settles it.
+        UnknownFormat: the fields are not those of a known format, or of several; it says which key settles it.
     """
     mapped = {column: field for column, field in columns.items() if field is not None}
     for column, field in mapped.items():
         if field not in row:
-            raise BadRow(
-                f'no field "{field}" (dataset.columns.{column}); fields: {", ".join(row)}{_nearest(field, row)}'
-            )
+            seen = ", ".join(row) or "none"
+            raise UnknownFormat(f'no field "{field}" (dataset.columns.{column}); fields: {seen}{_nearest(field, row)}')
     candidates = ("text_label",) if is_classification else _SFT_FORMATS
     if name != "auto":
         if name not in candidates:
-            raise BadRow(f"dataset.format={name} does not suit this recipe; it takes {' or '.join(candidates)}")
+            raise UnknownFormat(f"dataset.format={name} does not suit this recipe; it takes {' or '.join(candidates)}")
         return RowFormat(name, _field_names(name, mapped, row))
     fits = [each for each in candidates if _fits(each, mapped, row)]
     if len(fits) > 1 and mapped:
@@ -137,16 +142,20 @@ def choose_format(
         return RowFormat(fits[0], _field_names(fits[0], mapped, row))
     seen = ", ".join(row) or "none"
     if fits:
-        raise BadRow(f"fields {seen} suit several formats; choose dataset.format={' or '.join(fits)}")
+        raise UnknownFormat(f"fields {seen} suit several formats; choose dataset.format={' or '.join(fits)}")
     wanted = "; ".join(f"{each}: {', '.join(_COLUMNS_OF[each])}" for each in candidates)
-    raise BadRow(f"the fields {seen} are of no known format; name them with dataset.columns.* ({wanted})")
+    raise UnknownFormat(f"the fields {seen} are of no known format; name them with dataset.columns.* ({wanted})")
 
 
 def _fits(name: str, mapped: Mapping[str, str], row: Mapping[str, Any]) -> bool:
+    if not set(mapped) <= set(_COLUMNS_OF[name]):
+        return False
     required = [column for column in _COLUMNS_OF[name] if column != "input"]
-    if mapped and set(mapped) <= set(_COLUMNS_OF[name]) and all(c in mapped or c in row for c in required):
+    if mapped and all(column in mapped or column in row for column in required):
         return True
-    return not mapped and any(all(field in row for field in sign) for sign in _SIGNS[name])
+    if mapped and "label" not in mapped:
+        return False
+    return any(all(field in row or field in mapped for field in sign) for sign in _SIGNS[name])
 
 
 def _field_names(name: str, mapped: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, str]:
@@ -176,13 +185,40 @@ def _read_turn(turn: Any, number: int) -> dict[str, Any]:
     text = require_text(content, f"{where}: content")
     if role == "assistant" and not text.strip() and not turn.get("tool_calls"):
         raise BadRow(f"{where}: the assistant's content is empty")
+    _require_usual_weight(turn, where)
     return {key: value for key, value in turn.items() if value is not None} | {"content": text}
+
+
+def _require_usual_weight(turn: Mapping[str, Any], where: str) -> None:
+    """Refuse a message that wants another weight than it gets: 1 for the assistant's, 0 for the others."""
+    usual = 1 if turn["role"] == "assistant" else 0
+    for key in ("loss_weight", "weight"):
+        weight = turn.get(key)
+        if weight is not None and weight != usual:
+            raise BadRow(
+                f"{where}: {key}={weight!r} is not supported: the assistant's messages are trained on with weight 1, "
+                "the others not at all; drop the message or the field"
+            )
+
+
+def _read_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """Return the tool schemas of a row, which some data sets hold as JSON text; None: it has none."""
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise BadRow('the field "tools" is text, but not JSON') from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow('the field "tools" must be a list of objects')
+    return tools
 
 
 def _read_part(part: Any, where: str) -> str:
     if not isinstance(part, dict):
         raise BadRow(f"{where}: every part of the content must be an object")
-    if part.get("type") not in ("text", "reasoning"):
+    if part.get("type") != "text":
         raise BadRow(f'{where}: a part of type {part.get("type")!r} is not supported; only text is')
     return require_text(part.get("text", part.get("value")), f"{where}: text")
 

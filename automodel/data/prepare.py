@@ -9,25 +9,27 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from automodel.data.chat import set_chat_template, tokenize_messages
-from automodel.data.formats import FormatName, Messages, PromptCompletion, TextLabel, choose_format
+from automodel.data.formats import FormatName, Messages, PromptCompletion, TextLabel, UnknownFormat, choose_format
 from automodel.data.readers import MAX_PROBLEMS, BadRow, Row, raise_problems
 from automodel.data.rows import ClassificationRows, Prompt, RowCounts, SFTRows
 from automodel.data.tokenize import (
     Tokens,
     Truncation,
     cut,
-    leading_ids,
     require_eos,
     shifted_example,
     tokenize_completion,
-    tokenize_text,
+    tokenize_input,
 )
+from automodel.logs import get_logger
 from automodel.types import IGNORE_INDEX, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from automodel.data.sources import Source
+
+log = get_logger(__name__)
 
 ReadRow = Row | tuple[str, BadRow]
 
@@ -63,8 +65,11 @@ class _Collector:
             try:
                 if isinstance(fields, BadRow):
                     raise fields
-                self.hash.update(json.dumps(fields, sort_keys=True).encode())
+                # A row of the hub may hold what JSON has no word for, such as a date.
+                self.hash.update(json.dumps(fields, sort_keys=True, default=str).encode())
                 handle(fields)
+            except UnknownFormat as error:
+                raise UserError(*self._problems, f"{place}: {error}") from error
             except BadRow as error:
                 self._num_problems += 1
                 if len(self._problems) < MAX_PROBLEMS:
@@ -74,6 +79,15 @@ class _Collector:
     @property
     def fingerprint(self) -> str:
         return self.hash.hexdigest()[:16]
+
+    def log_counts(self, name: str) -> None:
+        """Say in one line what became of the rows."""
+        counts = self.counts
+        log.info(
+            "%s: %d rows, %d cut to %d tokens, %d dropped, %d supervised tokens",
+            name, counts.num_rows_read, counts.num_truncated, self.options.max_length, counts.num_dropped,
+            counts.num_label_tokens,
+        )  # fmt: skip
 
     def require_rows(self, name: str, num_examples: int) -> None:
         """Raise UserError if nothing is left to train on."""
@@ -86,6 +100,41 @@ class _Collector:
             )
 
 
+class _Examples:
+    """Gathers rows in Arrow, a few bytes a token; only the latest are held as lists of Python's numbers."""
+
+    NUM_ROWS_A_CHUNK = 1000  # few enough to be small as lists, and many enough for few chunks
+
+    def __init__(self, *, is_classification: bool) -> None:
+        self._is_classification = is_classification
+        self._chunks: list[Any] = []
+        self._latest: list[dict[str, Any]] = []
+
+    def __len__(self) -> int:
+        return sum(map(len, self._chunks)) + len(self._latest)
+
+    def append(self, example: dict[str, Any]) -> None:
+        self._latest.append(example)
+        if len(self._latest) == self.NUM_ROWS_A_CHUNK:
+            self._close_chunk()
+
+    def dataset(self) -> Any:
+        """Return all rows as one map-style set."""
+        from datasets import concatenate_datasets
+
+        if self._latest:
+            self._close_chunk()
+        return concatenate_datasets(self._chunks)
+
+    def _close_chunk(self) -> None:
+        from datasets import Dataset, Features, List, Value
+
+        ids = List(Value("int32"))
+        features = Features({"input_ids": ids, "labels": Value("int32") if self._is_classification else ids})
+        self._chunks.append(Dataset.from_list(self._latest, features=features))
+        self._latest = []
+
+
 def load_sft(source: Source, tokenizer: PreTrainedTokenizerBase, *, model_max_length: int | None) -> SFTRows:
     """Read and prepare the rows of ``source`` for a causal language model; the answers alone are supervised.
 
@@ -95,15 +144,13 @@ def load_sft(source: Source, tokenizer: PreTrainedTokenizerBase, *, model_max_le
     require_eos(tokenizer)
     name, options = source.display_name, source.options(model_max_length)
     collector = _Collector(options)
-    examples: list[dict[str, Any]] = []
+    examples = _Examples(is_classification=False)
     prompts: list[Prompt] = []
     chosen: list[Any] = []
 
     def handle(fields: dict[str, Any]) -> None:
         if not chosen:
-            chosen.append(
-                choose_format(options.format, options.columns, row=fields, is_classification=False)
-            )
+            chosen.append(choose_format(options.format, options.columns, row=fields, is_classification=False))
             if chosen[0].name != "prompt_completion":
                 set_chat_template(tokenizer, options.chat_template)
         shape = chosen[0].read(fields)
@@ -116,11 +163,12 @@ def load_sft(source: Source, tokenizer: PreTrainedTokenizerBase, *, model_max_le
         collector.counts.num_truncated += len(short.ids) < len(tokens.ids)
         collector.counts.num_label_tokens += sum(label != IGNORE_INDEX for label in example["labels"])
         examples.append(example)
-        prompts.append(_prompt(shape, tokens))
+        prompts.append(_prompt(shape, tokens, max_length=options.max_length))
 
     collector.each(source.rows(is_classification=False), handle)
     collector.require_rows(name, len(examples))
-    return SFTRows(name, _as_dataset(examples, is_classification=False), prompts, collector.fingerprint, collector.counts)
+    collector.log_counts(name)
+    return SFTRows(name, examples.dataset(), prompts, collector.fingerprint, collector.counts)
 
 
 def load_classification(
@@ -150,25 +198,28 @@ def load_classification(
         shape: TextLabel = chosen[0].read(fields)
         if label_names is not None and shape.label not in label_names:
             raise BadRow(f"label {shape.label!r} does not occur in the training set; its labels: {_some(label_names)}")
-        ids = leading_ids(tokenizer) + tokenize_text(tokenizer, shape.text)
-        tokens = cut(Tokens(ids, [False] * len(ids), 0), max_length=options.max_length, truncation=options.truncation)
+        before, ids, after = tokenize_input(tokenizer, shape.text)
+        room = max(1, options.max_length - len(before) - len(after))
+        tokens = cut(Tokens(ids, [False] * len(ids), 0), max_length=room, truncation=options.truncation)
         if tokens is None:
             collector.counts.num_dropped += 1
             return
         collector.counts.num_truncated += len(tokens.ids) < len(ids)
-        texts.append(_without_trailing_pad(tokenizer, tokens.ids))
+        texts.append(_without_trailing_pad(tokenizer, before + tokens.ids + after))
         labels.append(shape.label)
 
     collector.each(source.rows(is_classification=True), handle)
     collector.require_rows(name, len(texts))
     collector.counts.num_label_tokens = len(texts)
+    collector.log_counts(name)
     names = tuple(label_names) if label_names is not None else _sorted_labels(set(labels))
     if len(names) < 2:
         raise UserError(f"{name}: every row has the label {names[0]!r}; a classifier needs two labels or more")
     number = {label: index for index, label in enumerate(names)}
-    examples = [{"input_ids": ids, "labels": number[label]} for ids, label in zip(texts, labels, strict=True)]
-    dataset = _as_dataset(examples, is_classification=True)
-    return ClassificationRows(name, dataset, names, collector.fingerprint, collector.counts)
+    examples = _Examples(is_classification=True)
+    for ids, label in zip(texts, labels, strict=True):
+        examples.append({"input_ids": ids, "labels": number[label]})
+    return ClassificationRows(name, examples.dataset(), names, collector.fingerprint, collector.counts)
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, shape: PromptCompletion | Messages) -> Tokens:
@@ -177,8 +228,8 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, shape: PromptCompletion | Mess
     return tokenize_messages(tokenizer, shape)
 
 
-def _prompt(shape: PromptCompletion | Messages, tokens: Tokens) -> Prompt:
-    ids = tokens.ids[: tokens.num_prompt]
+def _prompt(shape: PromptCompletion | Messages, tokens: Tokens, *, max_length: int) -> Prompt:
+    ids = tokens.ids[: tokens.num_prompt][-max_length:]  # the end of a prompt asks the question
     if isinstance(shape, PromptCompletion):
         return Prompt(ids, shape.completion, shape.prompt, shape.kind)
     turns = shape.turns
@@ -187,26 +238,23 @@ def _prompt(shape: PromptCompletion | Messages, tokens: Tokens) -> Prompt:
     return Prompt(ids, turns[last]["content"], question)
 
 
-def _as_dataset(examples: list[dict[str, Any]], *, is_classification: bool) -> Any:
-    """Keep the rows in Arrow, a few bytes a token."""
-    from datasets import Dataset, Features, List, Value
-
-    ids = List(Value("int32"))
-    features = Features({"input_ids": ids, "labels": Value("int32") if is_classification else ids})
-    return Dataset.from_list(examples, features=features)
-
-
 def _without_trailing_pad(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Drop pad ids at the end: transformers' classifiers look for the last token that is not pad."""
+    """Drop pad ids at the end: transformers' classifiers look for the last token that is not pad.
+
+    A tokenizer without a pad token pads with eos, which is then dropped as well.
+    """
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     end = len(ids)
-    while end > 1 and ids[end - 1] in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+    while end > 1 and ids[end - 1] == pad:
         end -= 1
     return ids[:end]
 
 
 def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
     is_numeric = all(label.removeprefix("-").isdecimal() for label in labels)
-    return tuple(sorted(labels, key=int if is_numeric else None))
+    if is_numeric:  # "1" and "01" are two names of one number: the name decides, not the order of a set
+        return tuple(sorted(labels, key=lambda label: (int(label), label)))
+    return tuple(sorted(labels))
 
 
 def _some(names: Sequence[str], limit: int = 12) -> str:

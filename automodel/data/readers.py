@@ -6,7 +6,7 @@ import glob
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from automodel.types import UserError
 
@@ -32,14 +32,18 @@ def local_files(path: str) -> list[Path]:
     if folder.is_file():
         return [folder]
     if folder.is_dir():
-        return sorted(folder.glob("*.jsonl"))
+        return sorted(file for file in folder.glob("*.jsonl") if file.is_file())
     return sorted(Path(name) for name in glob.glob(str(folder)) if Path(name).is_file())
 
 
 def read_jsonl(files: list[Path]) -> Iterator[Row | tuple[str, BadRow]]:
-    """Yield every row of ``files``; a damaged one as its place and what is wrong. Blank lines are passed over."""
+    """Yield every row of ``files``; a damaged one as its place and what is wrong. Blank lines are passed over.
+
+    Raises:
+        UserError: a file cannot be opened.
+    """
     for file in files:
-        with file.open("rb") as stream:
+        with _opened(file) as stream:
             for number, line in enumerate(stream, start=1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
@@ -77,6 +81,13 @@ def raise_problems(problems: list[str], num_problems: int) -> None:
         raise UserError(*problems)
 
 
+def _opened(file: Path) -> BinaryIO:
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+
+
 def _parse(line: bytes) -> dict[str, Any]:
     try:
         text = line.decode("utf-8")
@@ -86,6 +97,8 @@ def _parse(line: bytes) -> dict[str, Any]:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
         raise BadRow(f"not JSON: {error.msg} at column {error.colno}") from None
+    except ValueError as error:  # Python refuses whole numbers of thousands of digits
+        raise BadRow(f"not usable: {str(error).partition(';')[0]}") from None
     except RecursionError:
         raise BadRow("not usable: nested too deeply") from None
     if not isinstance(fields, dict):

@@ -24,7 +24,27 @@ class Tokens(NamedTuple):
 
 def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the ids of a user's text; what looks like a special token in it stays text."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def tokenize_template(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the ids of text that a chat template wrote; the special tokens in it are read as such."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"]
+
+
+def tokenize_input(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int], list[int]]:
+    """Return a user's text as ids, with what the tokenizer itself puts before and after a text."""
+    inner = tokenize_text(tokenizer, text)
+    whole = tokenizer(text, add_special_tokens=True, split_special_tokens=True, verbose=False)["input_ids"]
+    starts = range(len(whole) - len(inner) + 1)
+    start = next(start for start in starts if whole[start : start + len(inner)] == inner)
+    return whole[:start], inner, whole[start + len(inner) :]
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the tokens that stand for no text: bos, eos, ends of turns..."""
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return list(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -73,8 +93,9 @@ def cut(tokens: Tokens, *, max_length: int, truncation: Truncation) -> Tokens | 
         )
     if truncation == "drop":
         return None
-    kept = slice(None, max_length) if truncation == "right" else slice(excess, None)
-    return Tokens(tokens.ids[kept], tokens.is_supervised[kept], tokens.num_prompt)
+    if truncation == "left":
+        return Tokens(tokens.ids[excess:], tokens.is_supervised[excess:], max(0, tokens.num_prompt - excess))
+    return Tokens(tokens.ids[:max_length], tokens.is_supervised[:max_length], min(max_length, tokens.num_prompt))
 
 
 def shifted_example(tokens: Tokens) -> dict[str, Any] | None:

@@ -1,0 +1,248 @@
+"""How runs end: done, stopped, failed or refused, with the status and the words that belong to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.recipes.command import FAST, numbers, records, run, start
+
+LOSSES = "loss_fn._target_=tests.recipes.faulty_losses."
+
+
+def wait_for_steps(run_dir: Path, num_steps: int) -> None:
+    for _ in range(600):
+        if (run_dir / "metrics.jsonl").exists() and len(records(run_dir)) >= num_steps:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{run_dir} did not come to step {num_steps}")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An uninterrupted run of 8 steps that kept its checkpoints of steps 3, 6 and 8."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(*FAST, "step_scheduler.max_steps=8", "step_scheduler.ckpt_every_steps=3", "checkpoint.keep_last=null",
+        f"output_dir={folder}")  # fmt: skip
+    return folder
+
+
+def test_a_resumed_run_equals_the_one_never_stopped(whole, tmp_path):
+    again = tmp_path / "run"
+    shutil.copytree(whole, again, symlinks=True)
+    for late in ("step_00000006", "step_00000008"):
+        shutil.rmtree(again / "checkpoints" / late)
+    run(*FAST, "step_scheduler.max_steps=8", "step_scheduler.ckpt_every_steps=3", f"output_dir={again}")
+    assert [numbers(r) for r in records(again)] == [numbers(r) for r in records(whole)]
+    assert [r["loss"] for r in records(again, "validation")] == [r["loss"] for r in records(whole, "validation")]
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (whole, again)]
+    assert weights[0] == weights[1]
+    assert json.loads((again / "run.json").read_text())["resumed_from_step"] == [None, 3]
+    assert (again / "checkpoints" / "latest").resolve().name == "step_00000008"
+    assert sorted(p.name for p in (again / "checkpoints").glob("step_*")) == ["step_00000006", "step_00000008"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(whole, tmp_path):
+    again = tmp_path / "run"
+    shutil.copytree(whole, again, symlinks=True)
+    damaged = next((again / "checkpoints" / "step_00000008").glob("*.distcp"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    output = run(*FAST, "step_scheduler.max_steps=8", f"output_dir={again}")
+    assert "step_00000008 is passed over" in output
+    assert "resumed from" in output and "step_00000006" in output
+    assert [numbers(r) for r in records(again)] == [numbers(r) for r in records(whole)]
+
+
+def test_other_rows_are_not_resumed_on(whole, tmp_path):
+    again = tmp_path / "run"
+    shutil.copytree(whole, again, symlinks=True)
+    before = (again / "metrics.jsonl").read_bytes()
+    output = run(*FAST, "step_scheduler.max_steps=12", "rng.seed=7", f"output_dir={again}", status=2)
+    assert "error: rng.seed is 7, but the checkpoint" in output and "Traceback" not in output
+    assert (again / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_never_refuses_a_folder_that_holds_a_run(whole):
+    output = run(*FAST, "checkpoint.resume=never", f"output_dir={whole}", status=2)
+    assert "already holds a run and checkpoint.resume=never" in output
+
+
+@pytest.mark.parametrize("layout", [[], ["launch.nproc_per_node=2", "distributed=fsdp2"]], ids=["one", "fsdp2 on 2"])
+def test_a_signal_saves_and_ends_with_75_and_the_run_goes_on(tmp_path, layout):
+    folder = tmp_path / "run"
+    argv = [*FAST, f"{LOSSES}Slow", "step_scheduler.max_steps=25", f"output_dir={folder}", *layout]
+    process = start(*argv)
+    wait_for_steps(folder, 2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    stopped_at = len(records(folder))
+    assert 2 <= stopped_at < 25
+    assert (folder / "checkpoints" / "latest").resolve().name == f"step_{stopped_at:08d}"
+    assert json.loads((folder / "run.json").read_text())["ended"]["status"] == "stopped"
+    run(*argv)
+    assert [record["step"] for record in records(folder)] == list(range(1, 26))
+
+
+def test_a_second_writer_is_refused(tmp_path):
+    folder = tmp_path / "run"
+    argv = [*FAST, f"{LOSSES}Slow", "step_scheduler.max_steps=200", f"output_dir={folder}"]
+    first = start(*argv)
+    wait_for_steps(folder, 1)
+    output = run(*argv, status=2)
+    assert f"error: output_dir={folder} is in use by another run (process" in output
+    first.kill()
+    first.wait()
+    run(*FAST, "step_scheduler.max_steps=1", f"output_dir={folder}")  # the lock went with the process
+
+
+def test_one_failing_rank_ends_the_job_with_its_traceback(tmp_path):
+    output = run(
+        *FAST, f"{LOSSES}RaisesOnLastRank", "step_scheduler.max_steps=5", "launch.nproc_per_node=2",
+        f"output_dir={tmp_path}/run", status=1,
+    )  # fmt: skip
+    assert "RuntimeError: this rank went wrong on purpose" in output
+    assert output.count("Traceback (most recent call last)") == 1
+    assert "launcher: rank 1 failed with status 1" in output
+
+
+def test_workers_die_with_their_launcher(tmp_path):
+    folder = tmp_path / "run"
+    process = start(
+        *FAST, f"{LOSSES}Slow", "step_scheduler.max_steps=500", "launch.nproc_per_node=2", f"output_dir={folder}"
+    )
+    wait_for_steps(folder, 1)
+    process.kill()
+    process.wait()
+    time.sleep(1)
+    size = (folder / "metrics.jsonl").stat().st_size
+    assert [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(folder).encode() in _read(p)] == []
+    assert (folder / "metrics.jsonl").stat().st_size == size
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_batch(tmp_path):
+    folder = tmp_path / "run"
+    output = run(*FAST, f"{LOSSES}NanAtThirdCall", "step_scheduler.max_steps=5", f"output_dir={folder}", status=1)
+    assert "step 3: loss sum nan" in output and "no weight was changed" in output
+    assert (folder / "non_finite_step_3_rank_0.pt").is_file()
+    assert json.loads((folder / "run.json").read_text())["ended"]["status"] == "failed"
+
+
+def test_a_loss_that_is_not_finite_can_be_skipped(tmp_path):
+    folder = tmp_path / "run"
+    output = run(*FAST, f"{LOSSES}NanAtThirdCall", "step_scheduler.max_steps=5", "on_non_finite=skip",
+                 f"output_dir={folder}")  # fmt: skip
+    assert "on_non_finite=skip" in output
+    assert [record["loss"] is None for record in records(folder)] == [False, False, True, False, False]
+
+
+BAD_ROWS = {
+    "not JSON": ('{"prompt": "a", "completion": "b"}\n{"prompt": \n', "rows.jsonl:2: not JSON"),
+    "no field": ('{"prompt": "a", "completion": "b"}\n\n{"prompt": "c"}\n', 'rows.jsonl:3: no field "completion"'),
+    "unknown fields": ('{"x": "a", "y": "b"}\n', "rows.jsonl:1: the fields x, y are of no known format"),
+    "null answer": ('{"prompt": "a", "completion": null}\n', 'rows.jsonl:1: the field "completion" must be text'),
+    "blank lines only": ("\n\n", "holds no rows"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_rows_are_named_and_leave_nothing_behind(tmp_path, name):
+    text, message = BAD_ROWS[name]
+    (tmp_path / "rows.jsonl").write_text(text)
+    output = run("dataset=jsonl", f"dataset.path={tmp_path}/rows.jsonl", f"output_dir={tmp_path}/deep/run", status=2)
+    assert message in output and "Traceback" not in output
+    assert not (tmp_path / "deep").exists()
+
+
+def test_bad_rows_are_told_once_by_several_ranks(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("[]\n")
+    output = run(
+        "dataset=jsonl", f"dataset.path={tmp_path}/rows.jsonl", f"output_dir={tmp_path}/run",
+        "launch.nproc_per_node=2", "step_scheduler.global_batch_size=2", status=2,
+    )  # fmt: skip
+    assert output.count("rows.jsonl:1: a row must be a JSON object, not a list") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_folder_without_the_right_weights_is_refused(tmp_path, stories):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(stories, tmp_path / "model", copy_function=shutil.copyfile)
+    weights = load_file(stories / "model.safetensors")
+    name = sorted(weights)[-1]
+    save_file({k: v for k, v in weights.items() if k != name} | {"stray": torch.zeros(1)},
+              tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    output = run("model=hf", f"model.pretrained_model_name_or_path={tmp_path}/model", f"output_dir={tmp_path}/run",
+                 status=2)  # fmt: skip
+    assert f"1 weights are missing from the checkpoint, such as {name}" in output
+    assert "1 weights are unknown to the model, such as stray" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_ranks_than_rows(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    argv = ["dataset=jsonl", f"dataset.path={tmp_path}/rows.jsonl", "step_scheduler.global_batch_size=2",
+            "validation_dataset=jsonl", f"validation_dataset.path={tmp_path}/rows.jsonl"]  # fmt: skip
+    run(*argv, f"output_dir={tmp_path}/two", "launch.nproc_per_node=2", "distributed=fsdp2")
+    run(*argv, f"output_dir={tmp_path}/one")
+    for kind in ("train", "validation"):
+        (one,), (two,) = records(tmp_path / "one", kind), records(tmp_path / "two", kind)
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["num_label_tokens"] == one["num_label_tokens"]
+
+
+def test_a_sweep_gives_every_job_a_run_of_its_own(tmp_path):
+    run("-m", *FAST, "step_scheduler.max_steps=1,2", cwd=tmp_path)
+    lengths = sorted(len(records(folder)) for folder in (tmp_path / "outputs" / "llm_sft").iterdir())
+    assert lengths == [1, 2]
+    assert [p.name for p in tmp_path.iterdir()] == ["outputs"]
+
+
+def test_a_saved_configuration_repeats_the_run(whole, tmp_path):
+    run("--config-path", str(whole.resolve()), "--config-name", "config", f"output_dir={tmp_path}/again")
+    assert [numbers(r) for r in records(tmp_path / "again")] == [numbers(r) for r in records(whole)]
+
+
+def test_cfg_job_shows_the_configuration_and_runs_nothing(tmp_path):
+    output = run("--cfg", "job", "step_scheduler.max_steps=3", cwd=tmp_path)
+    assert "max_steps: 3" in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_is_kept_offline_and_a_broken_logger_stops_nothing(tmp_path):
+    env = {"WANDB_API_KEY": "", "HOME": str(tmp_path), "WANDB_MODE": "offline"}
+    run(*FAST, "step_scheduler.max_steps=2", "logger=[jsonl,wandb]", f"output_dir={tmp_path}/run", **env)
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    output = run(*FAST, "step_scheduler.max_steps=2", "logger=[jsonl,wandb]", f"output_dir={tmp_path}/broken",
+                 **env | {"WANDB_DIR": "/proc/none", "WANDB_MODE": "no-such-mode"})  # fmt: skip
+    assert "logger wandb failed and is left out from now on" in output
+    assert len(records(tmp_path / "broken")) == 2
+
+
+def test_under_torchrun_the_job_is_joined(tmp_path):
+    import subprocess
+    import sys
+
+    from tests.recipes.command import ROOT
+
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "automodel.run",
+         *FAST, "step_scheduler.max_steps=2", f"output_dir={tmp_path}/run"],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["world_size"] == 2

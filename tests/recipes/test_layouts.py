@@ -1,0 +1,89 @@
+"""The main job on a real model and real rows, in every layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.recipes.command import records, run
+
+LAYOUTS = {
+    "one process": [],
+    "ddp on 2": ["launch.nproc_per_node=2"],
+    "fsdp2 on 2": ["launch.nproc_per_node=2", "distributed=fsdp2"],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(shared_data: Path, stories: Path, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("layouts")
+    out = {}
+    for number, (name, layout) in enumerate(LAYOUTS.items()):
+        out[name] = folder / str(number)
+        run(
+            "recipe=llm_sft", "model=hf", f"model.pretrained_model_name_or_path={stories}", "dataset=jsonl",
+            f"dataset.path={shared_data}/sft/gsm8k_train.jsonl", "dataset.columns.prompt=question",
+            "dataset.columns.completion=answer", "validation_dataset=jsonl", "evaluation=generation",
+            f"validation_dataset.path={shared_data}/sft/gsm8k_test.jsonl", "validation_dataset.limit=9",
+            "evaluation.max_new_tokens=6", "evaluation.batch_size=2", "step_scheduler.max_steps=10",
+            f"output_dir={out[name]}", *layout,
+        )  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+def test_every_step_is_the_same_as_in_one_process(runs, layout):
+    expected, got = records(runs["one process"]), records(runs[layout])
+    assert [record["step"] for record in got] == list(range(1, 11))
+    for one, other in zip(expected, got, strict=True):
+        # float32 sums in another order, over ten steps of AdamW
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+        for key in ("lr", "epoch", "num_label_tokens", "num_tokens"):
+            assert other[key] == one[key]
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+def test_validation_does_not_depend_on_the_layout(runs, layout):
+    expected, got = records(runs["one process"], "validation"), records(runs[layout], "validation")
+    assert [record["step"] for record in got] == [0, 10]
+    for one, other in zip(expected, got, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert other["num_label_tokens"] == one["num_label_tokens"]
+        assert other["metric/exact_match"] == one["metric/exact_match"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_exported_model_loads_and_generates(runs, layout):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = runs[layout] / "model"
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values())
+    assert model.config.architectures == ["LlamaForCausalLM"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("Once upon a time", return_tensors="pt")
+    text = tokenizer.decode(model.generate(**prompt, max_new_tokens=8, do_sample=False)[0])
+    assert "Once upon a time" in text and len(text) > len("<s> Once upon a time") + 5
+
+
+def test_the_exported_weights_are_those_that_were_trained(runs, stories):
+    import torch
+    from safetensors.torch import load_file
+
+    start = load_file(stories / "model.safetensors")
+    models = [load_file(runs[layout] / "model" / "model.safetensors") for layout in LAYOUTS]
+    for name, weight in models[0].items():
+        assert not torch.equal(weight, start[name])
+        for other in models[1:]:
+            torch.testing.assert_close(other[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_run_json_says_what_ran(runs):
+    record = json.loads((runs["fsdp2 on 2"] / "run.json").read_text())
+    assert (record["world_size"], record["backend"], record["device"], record["strategy"]) == (2, "gloo", "cpu", "fsdp2")
+    assert record["num_parameters"] == 260_032
+    assert record["resumed_from_step"] == [None]
+    assert record["ended"]["status"] == "done"
