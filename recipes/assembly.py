@@ -220,9 +220,7 @@ def _checkpointer(job: Job) -> Checkpointer | None:
     return Checkpointer(job.run_dir.checkpoints_dir, keep_last=cfg.keep_last) if cfg.enabled else None
 
 
-def _open_run(
-    job: Job, *, model: nn.Module, fingerprint: str, metrics_size: int, resume_from: Path | None
-) -> None:
+def _open_run(job: Job, *, model: nn.Module, fingerprint: str, metrics_size: int, resume_from: Path | None) -> None:
     counts = {
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "num_trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

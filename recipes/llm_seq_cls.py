@@ -46,9 +46,7 @@ def run(job: Job) -> None:
         evaluators.append(
             Evaluator(
                 validation.name,
-                lambda: validate(
-                    model, validation, device=info.device, dp_group=job.dp_group, autocast=job.autocast
-                ),
+                lambda: validate(model, validation, device=info.device, dp_group=job.dp_group, autocast=job.autocast),
             )
         )
     loop = build_loop(

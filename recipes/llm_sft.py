@@ -26,7 +26,7 @@ log = get_logger(__name__)
 _NEXT_AFTER_DEMO = (
     "python -m automodel.run model=hf model.pretrained_model_name_or_path=DIR_OR_HUB_ID dataset=jsonl "
     "dataset.path=YOUR_ROWS.jsonl",
-    "python -m automodel.run launch.nproc_per_node=2 distributed=fsdp2",
+    "python -m automodel.run launch.nproc_per_node=2 distributed=fsdp2 step_scheduler.local_batch_size=16",
     "python -m automodel.run --help",
 )
 
@@ -64,9 +64,7 @@ def run(job: Job) -> None:
     log_where_and_next(job, next_steps=_NEXT_AFTER_DEMO if source.name == "demo" else ())
 
 
-def _load_rows(
-    job: Job, source: Any, tokenizer: PreTrainedTokenizerBase
-) -> tuple[SFTRows, SFTRows | None]:
+def _load_rows(job: Job, source: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[SFTRows, SFTRows | None]:
     limit = source.max_length()
     train_rows = load_sft(build(job.cfg.dataset), tokenizer, model_max_length=limit)
     validation_set = build(job.cfg.validation_dataset)

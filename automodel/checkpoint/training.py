@@ -85,9 +85,7 @@ class Checkpointer:
         except dcp.api.CheckpointException as error:
             first = next(iter(error.failures.values()))[0]
             raise UserError(f"checkpoint.resume={folder} does not fit this model: {first}") from error
-        set_state_dict(
-            state.model, state.optimizer, model_state_dict=app["model"], optim_state_dict=app["optimizer"]
-        )
+        set_state_dict(state.model, state.optimizer, model_state_dict=app["model"], optim_state_dict=app["optimizer"])
         state.lr_scheduler.load_state_dict(app["lr_scheduler"])
         return progress, pickle.loads(app[own_rng]) if own_rng in app else None
 

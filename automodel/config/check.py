@@ -123,7 +123,11 @@ def _check_datasets(cfg: Config) -> Iterator[str]:
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 yield f"{name}.{key}={value} must be at least 1"
         choice = section.get("chat_template")
-        if isinstance(choice, str) and choice not in BUILT_IN_CHAT_TEMPLATES and not Path(choice).expanduser().is_file():
+        if (
+            isinstance(choice, str)
+            and choice not in BUILT_IN_CHAT_TEMPLATES
+            and not Path(choice).expanduser().is_file()
+        ):
             yield f"{name}.chat_template={choice} is neither a file nor one of: {', '.join(BUILT_IN_CHAT_TEMPLATES)}"
 
 
@@ -148,7 +152,8 @@ def _check_file(key: str, path: Any) -> Iterator[str]:
 def _check_evaluation(cfg: Config) -> Iterator[str]:
     kind = "generation" if cfg.evaluation else "loss"
     if kind not in cfg.recipe.evaluations:
-        yield f"evaluation={kind} does not apply to recipe={cfg.recipe.name}; it has: {', '.join(cfg.recipe.evaluations)}"
+        offered = ", ".join(cfg.recipe.evaluations)
+        yield f"evaluation={kind} does not apply to recipe={cfg.recipe.name}; it has: {offered}"
     if cfg.validation_dataset is None:
         if cfg.evaluation:
             yield "evaluation=generation needs rows to answer: choose a validation_dataset"

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from automodel import conf
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from automodel import conf
 from automodel.capabilities import LATER_KEYS, LATER_OPTIONS
 from automodel.config.names import did_you_mean, leaf_keys, nearest, nearest_key
 from automodel.config.targets import check_target
@@ -174,7 +174,7 @@ def _is_known_choice(override: Override, source: _Source, problems: list[str]) -
     ok = True
     for value in _values(override):
         for name in value if isinstance(value, list) else [value]:
-            if name is None and group == "experiment" or str(name) in options:
+            if (name is None and group == "experiment") or str(name) in options:
                 continue
             ok = False
             if str(name) in LATER_OPTIONS.get(group, ()):

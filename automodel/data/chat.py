@@ -26,6 +26,7 @@ BUILT_IN_TEMPLATES = {
     )
 }
 
+_END_MARK = "<|im_end|>"
 _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 # Noncharacters, which Unicode keeps for a program's own use: they bracket a special token's text in a user's
@@ -51,9 +52,11 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) ->
     if choice is None:
         if tokenizer.chat_template is None:
             log.info("the tokenizer has no chat template: chatml is used (dataset.chat_template chooses another)")
-            tokenizer.chat_template = BUILT_IN_TEMPLATES["chatml"]
-        return
-    tokenizer.chat_template = BUILT_IN_TEMPLATES.get(choice) or _read_template(Path(choice).expanduser())
+            tokenizer.chat_template = _built_in("chatml", tokenizer)
+    elif choice in BUILT_IN_TEMPLATES:
+        tokenizer.chat_template = _built_in(choice, tokenizer)
+    else:
+        tokenizer.chat_template = _read_template(Path(choice).expanduser())
 
 
 def tokenize_messages(tokenizer: PreTrainedTokenizerBase, row: Messages) -> Tokens:
@@ -80,6 +83,17 @@ def tokenize_messages(tokenizer: PreTrainedTokenizerBase, row: Messages) -> Toke
     if not _has_end_of_turn(text[slice(*spans[-1])], marked):
         tokens = _extended(tokens, [require_eos(tokenizer)], is_supervised=True)
     return _extended(tokens, _piece_ids(tokenizer, text[position:]), is_supervised=False)
+
+
+def _built_in(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a built-in template whose turns end with a token that this tokenizer has.
+
+    Spelt out in ordinary tokens, an end mark would be learnt as text, and generation would not stop at it.
+    """
+    template = BUILT_IN_TEMPLATES[name]
+    if _END_MARK in tokenizer.get_vocab() or tokenizer.eos_token is None:
+        return template
+    return template.replace(_END_MARK, tokenizer.eos_token)
 
 
 def _read_template(path: Path) -> str:
@@ -175,9 +189,7 @@ def _render_prefix_spans(tokenizer: PreTrainedTokenizerBase, row: Messages) -> _
     return _Rendered(text, spans)
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, row: Messages, *, num_turns: int, with_header: bool = False
-) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, row: Messages, *, num_turns: int, with_header: bool = False) -> str:
     try:
         return tokenizer.apply_chat_template(
             row.turns[:num_turns], tools=row.tools, tokenize=False, add_generation_prompt=with_header

@@ -41,9 +41,7 @@ class Task(NamedTuple):
     subject: str
 
 
-def generate_demo_rows(
-    split: str, *, num_rows: int | None = None, seed: int = 0
-) -> list[dict[str, str]]:
+def generate_demo_rows(split: str, *, num_rows: int | None = None, seed: int = 0) -> list[dict[str, str]]:
     """Generate the rows of a split, each with a ``prompt``, a ``completion`` and a ``kind``.
 
     The prompt ends with a newline, so prompt + completion is the whole text. Kinds take

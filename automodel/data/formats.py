@@ -176,7 +176,7 @@ def _read_turn(turn: Any, number: int) -> dict[str, Any]:
         raise BadRow(f"{where} must be an object with role and content")
     role = turn.get("role")
     if role not in _ROLES:
-        raise BadRow(f'{where} has the role {role!r}; roles: {", ".join(_ROLES)}')
+        raise BadRow(f"{where} has the role {role!r}; roles: {', '.join(_ROLES)}")
     content = turn.get("content")
     if isinstance(content, list):
         content = "".join(_read_part(part, where) for part in content)
@@ -219,7 +219,7 @@ def _read_part(part: Any, where: str) -> str:
     if not isinstance(part, dict):
         raise BadRow(f"{where}: every part of the content must be an object")
     if part.get("type") != "text":
-        raise BadRow(f'{where}: a part of type {part.get("type")!r} is not supported; only text is')
+        raise BadRow(f"{where}: a part of type {part.get('type')!r} is not supported; only text is")
     return require_text(part.get("text", part.get("value")), f"{where}: text")
 
 

@@ -38,9 +38,8 @@ class FSDP2:
 
     def parallelize(self, model: nn.Module, *, dist_info: DistInfo, mesh: DeviceMesh) -> nn.Module:
         """Shard ``model`` in place, a unit for each decoder layer and one for the rest; every rank must call it."""
-        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-
         import torch
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
         if self.activation_checkpointing:
             enable_activation_checkpointing(model)

@@ -40,14 +40,18 @@ class LocalLaunch:
 
         run_id = default_run_id()
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-        with tempfile.TemporaryDirectory(prefix="automodel-") as folder, _environment(
-            {
-                STATUS_DIR: folder,
-                LAUNCHER_PID: str(os.getpid()),
-                "AUTOMODEL_RUN_ID": run_id,
-                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self._threads())),
-            }
-        ), _second_interrupt_kills():
+        with (
+            tempfile.TemporaryDirectory(prefix="automodel-") as folder,
+            _environment(
+                {
+                    STATUS_DIR: folder,
+                    LAUNCHER_PID: str(os.getpid()),
+                    "AUTOMODEL_RUN_ID": run_id,
+                    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self._threads())),
+                }
+            ),
+            _second_interrupt_kills(),
+        ):
             config = LaunchConfig(
                 min_nodes=1,
                 max_nodes=1,

@@ -110,7 +110,9 @@ class RunDir:
 def environment_record() -> dict[str, Any]:
     """Return what this run runs on: command, versions, git commit of the working folder, host."""
     names = ("torch", "transformers", "datasets", "hydra-core", "numpy")
-    versions = {"automodel": __version__, "python": platform.python_version()} | {name: _version(name) for name in names}
+    versions = {"automodel": __version__, "python": platform.python_version()} | {
+        name: _version(name) for name in names
+    }
     return {
         "command": shlex.join([sys.executable, *sys.orig_argv[1:]]),
         "versions": versions,
@@ -128,9 +130,7 @@ def _version(name: str) -> str | None:
 
 def _git_commit() -> str | None:
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False
-        )
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

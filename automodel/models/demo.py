@@ -33,9 +33,7 @@ class DemoModel:
 
         return build_char_tokenizer()
 
-    def build(
-        self, tokenizer: PreTrainedTokenizerBase, *, label_names: Sequence[str] | None = None
-    ) -> PreTrainedModel:
+    def build(self, tokenizer: PreTrainedTokenizerBase, *, label_names: Sequence[str] | None = None) -> PreTrainedModel:
         """Draw fresh weights: a language model, or with labels a classifier."""
         from transformers import LlamaConfig
 

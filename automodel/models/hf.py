@@ -48,9 +48,7 @@ class HFModel:
             self.pretrained_model_name_or_path, revision=self.revision, trust_remote_code=self.trust_remote_code
         )
 
-    def build(
-        self, tokenizer: PreTrainedTokenizerBase, *, label_names: Sequence[str] | None = None
-    ) -> PreTrainedModel:
+    def build(self, tokenizer: PreTrainedTokenizerBase, *, label_names: Sequence[str] | None = None) -> PreTrainedModel:
         """Load the weights on the CPU: a causal language model, or with ``label_names`` a sequence classifier.
 
         Raises:
@@ -100,13 +98,9 @@ class ScratchModel:
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer whose vocabulary the model gets."""
-        return _load_tokenizer(
-            self.tokenizer_name_or_path, revision=None, trust_remote_code=self.trust_remote_code
-        )
+        return _load_tokenizer(self.tokenizer_name_or_path, revision=None, trust_remote_code=self.trust_remote_code)
 
-    def build(
-        self, tokenizer: PreTrainedTokenizerBase, *, label_names: Sequence[str] | None = None
-    ) -> PreTrainedModel:
+    def build(self, tokenizer: PreTrainedTokenizerBase, *, label_names: Sequence[str] | None = None) -> PreTrainedModel:
         """Draw the weights from torch's global generator: a language model, or with labels a classifier."""
         from transformers import AutoConfig
 
@@ -200,4 +194,3 @@ def _require_complete(path: str, report: dict[str, Any], *, has_new_head: bool, 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-

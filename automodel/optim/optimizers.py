@@ -42,9 +42,7 @@ def sgd(
     """Build stochastic gradient descent, fused where torch has a fused kernel for the device."""
     import torch
 
-    return torch.optim.SGD(
-        params, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=_has_fused_kernel(params)
-    )
+    return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=_has_fused_kernel(params))
 
 
 def _has_fused_kernel(params: Sequence[dict[str, Any]]) -> bool:

@@ -24,7 +24,9 @@ def cosine(
     def decay(progress: float) -> float:
         return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    return _schedule(optimizer, total_steps, num_warmup=_num_warmup(total_steps, warmup_ratio, warmup_steps), decay=decay)
+    return _schedule(
+        optimizer, total_steps, num_warmup=_num_warmup(total_steps, warmup_ratio, warmup_steps), decay=decay
+    )
 
 
 def linear(
@@ -40,7 +42,9 @@ def linear(
     def decay(progress: float) -> float:
         return 1 - (1 - min_lr_ratio) * progress
 
-    return _schedule(optimizer, total_steps, num_warmup=_num_warmup(total_steps, warmup_ratio, warmup_steps), decay=decay)
+    return _schedule(
+        optimizer, total_steps, num_warmup=_num_warmup(total_steps, warmup_ratio, warmup_steps), decay=decay
+    )
 
 
 def constant(

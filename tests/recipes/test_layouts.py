@@ -83,7 +83,12 @@ def test_the_exported_weights_are_those_that_were_trained(runs, stories):
 
 def test_run_json_says_what_ran(runs):
     record = json.loads((runs["fsdp2 on 2"] / "run.json").read_text())
-    assert (record["world_size"], record["backend"], record["device"], record["strategy"]) == (2, "gloo", "cpu", "fsdp2")
+    assert (record["world_size"], record["backend"], record["device"], record["strategy"]) == (
+        2,
+        "gloo",
+        "cpu",
+        "fsdp2",
+    )
     assert record["num_parameters"] == 260_032
     assert record["resumed_from_step"] == [None]
     assert record["ended"]["status"] == "done"

@@ -44,7 +44,7 @@ WRONG = [
     ("modle=hf", "did you mean model"),
     ("logger=[jsonl,wandbb]", "logger=wandbb: no such option"),
     ("experiment=nope", "experiment=nope: no such option"),
-    ("distributed.reshard_after_forward=false", "reshard_after_forward is not an option of DDP; distributed=fsdp2 has it"),
+    ("distributed.reshard_after_forward=false", "is not an option of DDP; distributed=fsdp2 has it"),
     ("distributed.dp_replicate_size=2", "distributed=fsdp2 has it"),
     ("distributed=fsdp2 distributed.dp_replicate_size=2", "distributed.dp_replicate_size=2 must divide"),
     ("distributed=megatron_fsdp", "not available in this version"),
@@ -168,7 +168,9 @@ def test_what_suits_the_demo_does_not_leak_into_a_real_run(rows):
     demo = load_config([], env={})
     assert (demo.step_scheduler.global_batch_size, demo.optimizer["lr"]) == (32, 2e-3)
     assert demo.evaluation and demo.validation_dataset
-    real = load_config([*JSONL.format(rows=rows).split(), "model=hf", "model.pretrained_model_name_or_path=a/b"], env={})
+    real = load_config(
+        [*JSONL.format(rows=rows).split(), "model=hf", "model.pretrained_model_name_or_path=a/b"], env={}
+    )
     assert (real.step_scheduler.global_batch_size, real.step_scheduler.local_batch_size) == (8, 1)
     assert real.optimizer["lr"] == 1e-5
     assert real.evaluation is None and real.validation_dataset is None
@@ -200,7 +202,8 @@ def test_defaults_in_code_equal_those_in_yaml():
 def test_checking_imports_no_torch():
     code = (
         "import sys, json; from automodel.config import load_config, help_text; load_config([]); help_text();"
-        "import automodel.run; print(json.dumps([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules]))"
+        "import automodel.run; heavy = ('torch', 'transformers', 'datasets');"
+        "print(json.dumps([m for m in heavy if m in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
@@ -216,7 +219,9 @@ def test_help_lists_every_group_and_the_stable_keys():
 
 
 def test_typos_in_a_users_own_yaml_are_told(tmp_path):
-    (tmp_path / "mine.yaml").write_text("defaults: [config, _self_]\nstep_schedular: {max_steps: 3}\noptimiser: {lr: 1}\n")
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [config, _self_]\nstep_schedular: {max_steps: 3}\noptimiser: {lr: 1}\n"
+    )
     told = problems_of("--config-dir", str(tmp_path), "--config-name", "mine")
     assert "step_schedular" in told and "optimiser" in told
 

@@ -86,7 +86,9 @@ def test_tokenizer_without_a_template_gets_chatml_and_says_so(tmp_path, stories_
         prepared = load(tmp_path, CONVERSATION, stories_tokenizer)
     assert "chatml" in caplog.text
     assert "<|im_start|>" in stories_tokenizer.chat_template
-    assert pieces(stories_tokenizer, prepared.examples[0]) == ["1.<|im_end|>", "2.\n\nTwo.<|im_end|>"]
+    # Its turns end with a token that it has, at which generation stops.
+    assert pieces(stories_tokenizer, prepared.examples[0]) == ["1.</s>", "2.\n\nTwo.</s>"]
+    assert prepared.examples[0]["labels"].count(stories_tokenizer.eos_token_id) == 2
 
 
 @pytest.mark.parametrize("file", ["sft/alpaca.jsonl", "chat/v1_sft_demo.jsonl"])
@@ -105,10 +107,11 @@ def test_real_rows_have_their_answers_supervised(request, shared_data, file, nam
             turns = [("user", question), ("assistant", row["output"])]
         # minimind's own template puts an empty thought before an answer.
         thought = "<think>\n\n</think>\n\n" if name == "minimind" else ""
+        end = "<|im_end|>" if name == "minimind" else "</s>"
         rendered = "".join(
-            f"<|im_start|>{role}\n{thought if role == 'assistant' else ''}{text}<|im_end|>\n" for role, text in turns
+            f"<|im_start|>{role}\n{thought if role == 'assistant' else ''}{text}{end}\n" for role, text in turns
         )
-        answers = [f"{text}<|im_end|>" for role, text in turns if role == "assistant"]
+        answers = [f"{text}{end}" for role, text in turns if role == "assistant"]
         assert pieces(tokenizer, example) == answers
         # A tokenizer of words puts a space before every piece that it is given alone.
         assert tokenizer.decode(example["input_ids"]).replace(" ", "") == rendered.replace(" ", "")

@@ -24,9 +24,7 @@ def test_sections_import_no_heavy_library():
         "import sys, automodel.data.sources\n"
         "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=CONF.parents[1], capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=CONF.parents[1], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
 
 

@@ -49,8 +49,12 @@ def test_labels_are_the_next_token_of_the_completion_and_eos_alone(tmp_path):
 @pytest.mark.parametrize(
     ("prompt", "completion", "text"),
     [
-        ("a", "b", "a\nb"), ("a ", "b", "a b"), ("a\n", "b", "a\nb"),
-        ("a", " b", "a b"), ("a", "\nb", "a\nb"), ("", "b", "b"),
+        ("a", "b", "a\nb"),
+        ("a ", "b", "a b"),
+        ("a\n", "b", "a\nb"),
+        ("a", " b", "a b"),
+        ("a", "\nb", "a\nb"),
+        ("", "b", "b"),
     ],
 )
 def test_newline_is_put_between_unless_white_space_is_there(tmp_path, prompt, completion, text):
@@ -202,9 +206,7 @@ def test_special_tokens_around_a_text_to_classify_survive_cutting(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "num_labels"), [("ag_news", 4), ("sst2", 2), ("trec", None)])
-def test_real_rows_are_classified_with_the_labels_of_the_training_set(
-    shared_data, stories_tokenizer, name, num_labels
-):
+def test_real_rows_are_classified_with_the_labels_of_the_training_set(shared_data, stories_tokenizer, name, num_labels):
     folder = shared_data / "seqcls"
     train = classify(folder / f"{name}_train.jsonl", stories_tokenizer)
     if num_labels is None:

@@ -101,9 +101,7 @@ def test_every_prefix_is_balanced(train_rows: list[dict[str, str]], prefix: int)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_no_held_out_subject_is_ever_trained_on(
-    train_rows: list[dict[str, str]], seed: int
-) -> None:
+def test_no_held_out_subject_is_ever_trained_on(train_rows: list[dict[str, str]], seed: int) -> None:
     trained = {subject(row) for row in train_rows}
     held_out = {subject(row) for row in generate_demo_rows("validation", num_rows=3000, seed=seed)}
     assert len(held_out) > 1000
@@ -120,9 +118,7 @@ def test_fewer_rows_are_a_prefix_of_more(train_rows: list[dict[str, str]]) -> No
 
 
 def test_another_seed_gives_other_rows() -> None:
-    assert generate_demo_rows("train", num_rows=60, seed=0) != generate_demo_rows(
-        "train", num_rows=60, seed=1
-    )
+    assert generate_demo_rows("train", num_rows=60, seed=0) != generate_demo_rows("train", num_rows=60, seed=1)
 
 
 def test_the_global_random_state_is_neither_read_nor_moved() -> None:
@@ -145,9 +141,7 @@ def test_rows_are_the_same_in_another_process(hash_seed: str) -> None:
         "sys.stdout.write(hashlib.sha256(json.dumps(rows).encode()).hexdigest())\n"
     )
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(REPOSITORY)}
-    result = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert result.stdout == digest(generate_demo_rows("train", num_rows=600, seed=3))
 
 
@@ -261,9 +255,7 @@ def test_chat_template_frames_the_turns(tokenizer) -> None:
 
 
 def test_chat_template_marks_the_answer_and_its_end(tokenizer) -> None:
-    encoded = tokenizer.apply_chat_template(
-        CHAT, return_dict=True, return_assistant_tokens_mask=True
-    )
+    encoded = tokenizer.apply_chat_template(CHAT, return_dict=True, return_assistant_tokens_mask=True)
     ids, mask = encoded["input_ids"], encoded["assistant_masks"]
     marked = [token for token, answer in zip(ids, mask, strict=True) if answer]
     assert tokenizer.decode(marked) == "3" + tokenizer.eos_token

@@ -1,0 +1,51 @@
+"""The main job on a CUDA device: bf16, nccl, one rank, each strategy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.recipes.command import records, run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none"),
+]
+SHORT = ["evaluation=loss", "validation_dataset.limit=64", "dataset.limit=640", "step_scheduler.max_steps=10",
+         "step_scheduler.log_every_steps=1"]  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_bf16_follows_float32(tmp_path: Path, strategy: str):
+    for precision in ("float32", "bf16"):
+        run(*SHORT, f"distributed={strategy}", f"distributed.mixed_precision={precision}",
+            f"output_dir={tmp_path}/{precision}")  # fmt: skip
+    record = json.loads((tmp_path / "bf16" / "run.json").read_text())
+    assert record["device"].startswith("cuda") and record["backend"] == "nccl"
+    for one, other in zip(records(tmp_path / "float32"), records(tmp_path / "bf16"), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=0.05)
+        assert other["peak_mem_gib"] > 0
+
+
+def test_the_step_equals_the_cpus(tmp_path: Path):
+    for backend in ("auto", "gloo"):
+        run(*SHORT, f"dist_env.backend={backend}", "distributed.mixed_precision=float32",
+            f"output_dir={tmp_path}/{backend}")  # fmt: skip
+    for one, other in zip(records(tmp_path / "gloo"), records(tmp_path / "auto"), strict=True):
+        # float32 with other kernels, over ten steps from fresh weights
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_resumed_run_goes_on(tmp_path: Path, strategy: str):
+    argv = [*SHORT, f"distributed={strategy}", "rng.deterministic=true", "step_scheduler.ckpt_every_steps=5"]
+    run(*argv, f"output_dir={tmp_path}/run")
+    whole = [record["loss"] for record in records(tmp_path / "run")]
+    import shutil
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000010")
+    run(*argv, f"output_dir={tmp_path}/run")
+    assert [record["loss"] for record in records(tmp_path / "run")] == whole

@@ -1,0 +1,132 @@
+"""The small parts of training: schedules, steps, signals, seeds, speed."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from automodel.optim.optimizers import adamw, parameter_groups, sgd
+from automodel.optim.schedules import constant, cosine, linear
+from automodel.train.meter import Meter
+from automodel.train.rng import rng_state, seed_everything, set_rng_state
+from automodel.train.signals import StopRequest
+from automodel.train.step_scheduler import StepScheduler
+
+
+def rates(schedule, total_steps: int, **options) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = schedule(optimizer, total_steps, **options)
+    out = []
+    for _ in range(total_steps):
+        out.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return out
+
+
+def test_warm_up_reaches_the_peak_in_a_straight_line():
+    assert rates(constant, 6, warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_cosine_follows_its_formula_down_to_the_minimum():
+    got = rates(cosine, 10, warmup_steps=2, min_lr_ratio=0.1)
+    expected = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(1, 9)]
+    assert got[2:] == pytest.approx(expected)
+    assert got[-1] == pytest.approx(0.1)
+
+
+def test_linear_goes_down_in_a_straight_line():
+    assert rates(linear, 4, warmup_steps=0) == pytest.approx([0.75, 0.5, 0.25, 0.0])
+
+
+def test_the_warm_up_ratio_counts_whole_steps():
+    assert rates(constant, 100, warmup_ratio=0.03)[:4] == pytest.approx([1 / 3, 2 / 3, 1, 1])
+
+
+def test_norms_and_biases_are_not_decayed():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    model[0].weight.requires_grad_(True)
+    groups = parameter_groups(model)
+    for build in (adamw, sgd):
+        optimizer = build(groups, lr=0.1, weight_decay=0.5)
+        decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+        assert decayed == {id(model[0].weight)}
+
+
+def test_frozen_parameters_are_left_out():
+    model = nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    assert [len(group["params"]) for group in parameter_groups(model)] == [1]
+
+
+def test_the_shorter_of_epochs_and_max_steps_ends_training():
+    assert StepScheduler(10, num_epochs=3).total_steps == 30
+    assert StepScheduler(10, num_epochs=3, max_steps=7).total_steps == 7
+    assert StepScheduler(10, num_epochs=3, max_steps=70).total_steps == 30
+
+
+def test_what_is_due_at_each_step():
+    steps = StepScheduler(5, num_epochs=2, val_every_steps=4, ckpt_every_steps=3, log_every_steps=2)
+    due = {"log": [], "val": [], "ckpt": []}
+    for step in range(1, 11):
+        steps.step = step
+        for name, is_due in (("log", steps.is_log_step), ("val", steps.is_val_step), ("ckpt", steps.is_ckpt_step)):
+            if is_due:
+                due[name].append(step)
+    assert due == {"log": [1, 2, 4, 6, 8, 10], "val": [4, 8, 10], "ckpt": [3, 6, 9, 10]}
+    assert (steps.count(4), steps.count(5), steps.count(None)) == (3, 2, 1)
+
+
+def test_epoch_and_position_follow_from_the_step():
+    steps = StepScheduler(5, num_epochs=3)
+    seen = []
+    for epoch, done in steps.remaining_epochs():
+        seen.append((epoch, done))
+        steps.step += 5 - done
+    assert seen == [(0, 0), (1, 0), (2, 0)]
+    steps.step = 7
+    assert next(steps.remaining_epochs()) == (1, 2) and steps.epoch == 1
+
+
+def test_a_stop_signal_is_noted_and_the_handlers_come_back():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    with StopRequest() as stop:
+        assert not stop.is_set
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.is_set and stop.signal_name == "SIGUSR1"
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+
+
+def test_a_second_ctrl_c_interrupts():
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_set
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_random_state_comes_back_and_ranks_draw_apart():
+    seed_everything(3, rank=0)
+    first = torch.rand(2)
+    state = rng_state()
+    expected = torch.rand(2)
+    set_rng_state(state)
+    assert torch.equal(torch.rand(2), expected)
+    seed_everything(3, rank=1)
+    assert not torch.equal(torch.rand(2), first)
+
+
+def test_the_meter_counts_training_alone(monkeypatch):
+    clock = iter([0.0, 2.0, 100.0, 102.0])
+    monkeypatch.setattr("automodel.train.meter.time.perf_counter", lambda: next(clock))
+    meter = Meter(torch.device("cpu"), world_size=2, num_parameters=10)
+    for _ in range(2):
+        with meter.training():
+            meter.count(100)
+    figures = meter.read()
+    assert (figures["tokens_per_sec"], figures["tokens_per_sec_per_device"], figures["step_time_sec"]) == (50, 25, 2)
+    assert figures["mfu"] is None and figures["peak_mem_gib"] > 0
