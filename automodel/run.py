@@ -98,11 +98,10 @@ def _open_run_dir(cfg: Config, info: DistInfo) -> tuple[RunDir, str]:
 
 
 def _close_run_dir(run_dir: RunDir, status: ExitStatus, ended: dict[str, Any]) -> None:
-    if status == ExitStatus.BAD_INPUT:
+    if status == ExitStatus.BAD_INPUT or not run_dir.run_json_path.exists():
         run_dir.abandon()
         return
-    if run_dir.run_json_path.exists():
-        run_dir.update_record(ended=ended | {"time": datetime.now(UTC).isoformat()})
+    run_dir.update_record(ended=ended | {"time": datetime.now(UTC).isoformat()})
     run_dir.release()
 
 

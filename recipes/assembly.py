@@ -20,18 +20,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
 from automodel.checkpoint.export import export_model
-from automodel.checkpoint.training import Checkpointer, read_progress
-from automodel.config import Config, resolved_yaml
+from automodel.checkpoint.training import Checkpointer, TrainState, load_checkpoint, newest_checkpoint, read_progress
+from automodel.config import Config, masked, resolved_yaml
 from automodel.data.loader import TrainLoader
 from automodel.distributed.dist_info import DistInfo
 from automodel.distributed.ordering import collective_timeout, run_on_main
-from automodel.loggers.fanout import open_loggers
+from automodel.loggers.fanout import MetricSink, open_loggers
 from automodel.loggers.rundir import RunDir, environment_record
 from automodel.logs import add_log_file, get_logger
 from automodel.optim.optimizers import parameter_groups
 from automodel.train.loop import Evaluator, Timeouts, TrainLoop
 from automodel.train.meter import Meter
-from automodel.train.rng import seed_everything
+from automodel.train.rng import seed_everything, set_rng_state
 from automodel.train.step import LossFn, StepConfig
 from automodel.train.step_scheduler import StepScheduler
 from automodel.types import UserError
@@ -112,15 +112,21 @@ def build_loop(
     if not evaluators:
         steps.val_every_steps = None
     optimizer = build(cfg.optimizer)(parameter_groups(model))
+    lr_scheduler = build(cfg.lr_scheduler)(optimizer, steps.total_steps)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     facts = _resume_facts(cfg, fingerprint) | (resume_facts or {})
     resume_from, metrics_size = _choose_start(job, facts)
-    _open_run(job, model=model, fingerprint=fingerprint, metrics_size=metrics_size, resume_from=resume_from)
+    rng = None
+    if resume_from is not None:
+        saved, rng = load_checkpoint(resume_from, TrainState(model, optimizer, lr_scheduler))
+        steps.step = saved["step"]
+        log.info("resumed from %s, at step %d", resume_from, steps.step)
+    _open_run(job, model=model, fingerprint=fingerprint, metrics_size=metrics_size, resumed_step=steps.step or None)
     loop = TrainLoop(
         model=model,
         loss_fn=loss_fn,
         optimizer=optimizer,
-        lr_scheduler=build(cfg.lr_scheduler)(optimizer, steps.total_steps),
+        lr_scheduler=lr_scheduler,
         steps=steps,
         epoch_batches=loader.epoch,
         step_config=StepConfig(
@@ -132,24 +138,17 @@ def build_loop(
         ),
         evaluators=evaluators,
         checkpointer=_checkpointer(job),
-        sink=open_loggers(
-            {name: build(section) for name, section in cfg.logger.items()},
-            job.run_dir,
-            run_id=job.run_id,
-            config=cfg.model_dump(),
-            is_main=info.is_main,
-        ),
+        sink=_open_loggers(job),
         meter=Meter(info.device, world_size=num_ranks, num_parameters=num_parameters),
         timeouts=Timeouts(training=cfg.dist_env.timeout_minutes, slow_phase=cfg.dist_env.init_timeout_minutes),
-        metrics_size=lambda: job.run_dir.metrics_path.stat().st_size if job.run_dir.metrics_path.exists() else 0,
+        metrics_size=job.run_dir.metrics_size,
         resume_facts=facts,
         on_non_finite=cfg.on_non_finite,
         dump_folder=job.run_dir.path,
     )
-    if resume_from is not None:
-        loop.restore(resume_from)
-        log.info("resumed from %s, at step %d", resume_from, steps.step)
     _log_plan(job, loop, num_rows=len(rows), num_parameters=num_parameters)
+    if rng is not None:
+        set_rng_state(rng)  # last of all, after whatever building drew
     return loop
 
 
@@ -191,7 +190,7 @@ def _choose_start(job: Job, facts: dict[str, Any]) -> tuple[Path | None, int]:
                 "choose another output_dir, or checkpoint.resume=auto to go on"
             )
         return None, 0
-    folder = Checkpointer(own_folder, keep_last=None).newest() if resume == "auto" else Path(resume)
+    folder = newest_checkpoint(own_folder) if resume == "auto" else Path(resume)
     if folder is None:
         return None, 0
     saved = run_on_main(lambda: read_progress(folder))
@@ -220,7 +219,17 @@ def _checkpointer(job: Job) -> Checkpointer | None:
     return Checkpointer(job.run_dir.checkpoints_dir, keep_last=cfg.keep_last) if cfg.enabled else None
 
 
-def _open_run(job: Job, *, model: nn.Module, fingerprint: str, metrics_size: int, resume_from: Path | None) -> None:
+def _open_loggers(job: Job) -> MetricSink:
+    return open_loggers(
+        {name: build(section) for name, section in job.cfg.logger.items()},
+        job.run_dir,
+        run_id=job.run_id,
+        config=masked(job.cfg.model_dump()),
+        is_main=job.dist_info.is_main,
+    )
+
+
+def _open_run(job: Job, *, model: nn.Module, fingerprint: str, metrics_size: int, resumed_step: int | None) -> None:
     counts = {
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "num_trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -238,7 +247,7 @@ def _open_run(job: Job, *, model: nn.Module, fingerprint: str, metrics_size: int
             strategy=job.strategy.name,
             dataset_fingerprints={"train": fingerprint},
             **counts,
-            resumed_from_step=int(resume_from.name.split("_")[-1]) if resume_from else None,
+            resumed_from_step=resumed_step,
         )
         job.run_dir.cut_metrics(metrics_size)
         add_log_file(job.run_dir.log_path)

@@ -39,7 +39,7 @@ class TrainState:
 
 
 class Checkpointer:
-    """Writes and reads ``checkpoints/step_XXXXXXXX`` under a run directory; every rank calls every method."""
+    """Writes ``checkpoints/step_XXXXXXXX`` under a run directory and keeps the newest few."""
 
     def __init__(self, folder: Path, *, keep_last: int | None) -> None:
         self.folder = folder
@@ -47,6 +47,8 @@ class Checkpointer:
 
     def save(self, state: TrainState, *, progress: dict[str, Any], rng: dict[str, Any]) -> Path:
         """Write a complete checkpoint of step ``progress["step"]``, then move ``latest`` to it.
+
+        Every rank must call it.
 
         Args:
             progress: small JSON facts: ``step``, the length of the metrics file, what decides the data's order.
@@ -58,36 +60,6 @@ class Checkpointer:
         dcp.save(_app_state(state) | {f"rng_{dist.get_rank()}": pickle.dumps(rng)}, checkpoint_id=partial)
         run_on_main(lambda: self._publish(partial, final, progress))
         return final
-
-    def newest(self) -> Path | None:
-        """Return the newest complete checkpoint, or None; says why it passes over a newer one."""
-        return run_on_main(self._newest_complete)
-
-    def load(self, folder: Path, state: TrainState) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """Put the state of ``folder`` in place.
-
-        Returns:
-            (progress as saved, this rank's random state or None where it was saved on fewer ranks).
-
-        Raises:
-            UserError: the folder is incomplete or damaged, or belongs to another model.
-        """
-        problem = run_on_main(lambda: damage(folder))
-        if problem:
-            raise UserError(f"checkpoint.resume={folder}: {problem}")
-        progress = read_progress(folder)
-        app = _app_state(state)
-        own_rng = f"rng_{dist.get_rank()}"
-        if dist.get_rank() < progress["world_size"]:
-            app[own_rng] = b""
-        try:
-            dcp.load(app, checkpoint_id=folder)
-        except dcp.api.CheckpointException as error:
-            first = next(iter(error.failures.values()))[0]
-            raise UserError(f"checkpoint.resume={folder} does not fit this model: {first}") from error
-        set_state_dict(state.model, state.optimizer, model_state_dict=app["model"], optim_state_dict=app["optimizer"])
-        state.lr_scheduler.load_state_dict(app["lr_scheduler"])
-        return progress, pickle.loads(app[own_rng]) if own_rng in app else None
 
     def _publish(self, partial: Path, final: Path, progress: dict[str, Any]) -> None:
         (partial / PROGRESS).write_text(json.dumps(progress | {"world_size": dist.get_world_size()}, indent=2))
@@ -105,20 +77,43 @@ class Checkpointer:
 
     def _prune(self) -> None:
         if self.keep_last is not None:
-            for folder in self._folders()[: -self.keep_last]:
+            for folder in _step_folders(self.folder)[: -self.keep_last]:
                 shutil.rmtree(folder)
 
-    def _folders(self) -> list[Path]:
-        found = self.folder.iterdir() if self.folder.is_dir() else ()
-        return sorted(path for path in found if _STEP_FOLDER.fullmatch(path.name))
 
-    def _newest_complete(self) -> Path | None:
-        for folder in reversed(self._folders()):
-            problem = damage(folder)
-            if problem is None:
-                return folder
-            log.warning("%s is passed over: %s", folder, problem)
-        return None
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint under ``folder``, or None; says why it passes over a newer one.
+
+    Every rank must call it; rank 0 looks.
+    """
+    return run_on_main(lambda: _newest_complete(folder))
+
+
+def load_checkpoint(folder: Path, state: TrainState) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Put the state saved in ``folder`` in place; every rank must call it.
+
+    Returns:
+        (progress as saved, this rank's random state or None where it was saved on fewer ranks).
+
+    Raises:
+        UserError: the folder is incomplete or damaged, or belongs to another model.
+    """
+    problem = run_on_main(lambda: damage(folder))
+    if problem:
+        raise UserError(f"checkpoint.resume={folder}: {problem}")
+    progress = read_progress(folder)
+    app = _app_state(state)
+    own_rng = f"rng_{dist.get_rank()}"
+    if dist.get_rank() < progress["world_size"]:
+        app[own_rng] = b""
+    try:
+        dcp.load(app, checkpoint_id=folder)
+    except dcp.api.CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        raise UserError(f"checkpoint.resume={folder} does not fit this model: {first}") from error
+    set_state_dict(state.model, state.optimizer, model_state_dict=app["model"], optim_state_dict=app["optimizer"])
+    state.lr_scheduler.load_state_dict(app["lr_scheduler"])
+    return progress, pickle.loads(app[own_rng]) if own_rng in app else None
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
@@ -149,6 +144,20 @@ def damage(folder: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
         if _size_and_checksum(path) != expected:
             return f"{name} is damaged: its checksum differs"
+    return None
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if _STEP_FOLDER.fullmatch(path.name))
+
+
+def _newest_complete(folder: Path) -> Path | None:
+    for candidate in reversed(_step_folders(folder)):
+        problem = damage(candidate)
+        if problem is None:
+            return candidate
+        log.warning("%s is passed over: %s", candidate, problem)
     return None
 
 

@@ -15,12 +15,12 @@ from automodel.config.command_line import compose_command_line, compose_defaults
 from automodel.config.help import help_text
 from automodel.config.messages import pydantic_problems
 from automodel.config.names import nearest_key
-from automodel.config.record import resolved_yaml
+from automodel.config.record import masked, resolved_yaml
 from automodel.config.schema import Config
 from automodel.config.targets import check_target, is_ours
 from automodel.types import UserError
 
-__all__ = ["Config", "has_help", "help_text", "hydra_flags", "load_config", "resolved_yaml", "sweep_jobs"]
+__all__ = ["Config", "has_help", "help_text", "hydra_flags", "load_config", "masked", "resolved_yaml", "sweep_jobs"]
 
 _TARGETS = (
     "model", "peft", "dataset", "validation_dataset", "distributed", "optimizer", "lr_scheduler", "loss_fn",

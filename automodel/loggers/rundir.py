@@ -95,10 +95,14 @@ class RunDir:
         """Change entries of ``run.json``."""
         _write_whole(self.run_json_path, json.dumps(self._record() | facts, indent=2) + "\n")
 
+    def metrics_size(self) -> int:
+        """Return the length in bytes of the metrics file; 0 where there is none."""
+        return self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
+
     def cut_metrics(self, num_bytes: int) -> None:
         """Cut the metrics file back to its first ``num_bytes`` bytes."""
         if self.metrics_path.exists():
-            os.truncate(self.metrics_path, min(num_bytes, self.metrics_path.stat().st_size))
+            os.truncate(self.metrics_path, min(num_bytes, self.metrics_size()))
 
     def _record(self) -> dict[str, Any]:
         try:

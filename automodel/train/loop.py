@@ -15,7 +15,7 @@ from automodel.distributed.ordering import collective_timeout, set_collective_ti
 from automodel.loggers.fanout import MetricSink
 from automodel.logs import get_logger, progress
 from automodel.train.meter import Meter
-from automodel.train.rng import rng_state, set_rng_state
+from automodel.train.rng import rng_state
 from automodel.train.signals import StopRequest
 from automodel.train.step import Batch, LossFn, StepConfig, StepResult, train_step
 from automodel.train.step_scheduler import StepScheduler
@@ -120,14 +120,6 @@ class TrainLoop:
             log.info("%s at step %d: %s", evaluator.name, self.steps.step, figures)
         return results
 
-    def restore(self, folder: Path) -> dict[str, Any]:
-        """Continue from the checkpoint in ``folder``; returns its progress record. Every rank must call it."""
-        progress_record, rng = self.checkpointer.load(folder, self._train_state())
-        self.steps.step = progress_record["step"]
-        if rng is not None:
-            set_rng_state(rng)
-        return progress_record
-
     def _train_step(self, micro_batches: list[Batch], stop: StopRequest) -> tuple[StepResult, float]:
         lr = self.lr_scheduler.get_last_lr()[0]
         result = train_step(
@@ -202,11 +194,9 @@ class TrainLoop:
 
     def _save(self) -> None:
         facts = self.resume_facts | {"step": self.steps.step, "metrics_size": self.metrics_size()}
-        folder = self.checkpointer.save(self._train_state(), progress=facts, rng=rng_state())
+        state = TrainState(self.model, self.optimizer, self.lr_scheduler)
+        folder = self.checkpointer.save(state, progress=facts, rng=rng_state())
         log.info("checkpoint %s", folder)
-
-    def _train_state(self) -> TrainState:
-        return TrainState(self.model, self.optimizer, self.lr_scheduler)
 
     _last_loss: float = float("nan")
 

@@ -48,6 +48,31 @@ def test_a_resumed_run_equals_the_one_never_stopped(whole, tmp_path):
     assert sorted(p.name for p in (again / "checkpoints").glob("step_*")) == ["step_00000006", "step_00000008"]
 
 
+def test_a_run_goes_on_in_another_layout(whole, tmp_path):
+    again = tmp_path / "run"
+    shutil.copytree(whole, again, symlinks=True)
+    for late in ("step_00000006", "step_00000008"):
+        shutil.rmtree(again / "checkpoints" / late)
+    layout = ["launch.nproc_per_node=2", "distributed=fsdp2"]
+    run(*FAST, "step_scheduler.max_steps=8", f"output_dir={again}", *layout)
+    for one, other in zip(records(whole), records(again), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+
+
+def test_a_checkpoint_of_another_model_is_refused_before_anything_changes(whole, tmp_path, stories, shared_data):
+    again = tmp_path / "run"
+    shutil.copytree(whole, again, symlinks=True)
+    before = {p.name: p.read_bytes() for p in again.iterdir() if p.is_file()}
+    argv = [*FAST, "step_scheduler.max_steps=9", "model=scratch", f"model.tokenizer_name_or_path={whole}/model",
+            "model.config.hidden_size=64", "model.config.max_position_embeddings=256", "model.config.intermediate_size=64", "model.config.num_hidden_layers=1",
+            "step_scheduler.global_batch_size=32", "validation_dataset=demo"]  # fmt: skip
+    output = run(*argv, f"output_dir={again}", status=2)
+    assert "does not fit this model" in output and "Traceback" not in output
+    after = {p.name: p.read_bytes() for p in again.iterdir() if p.is_file()}
+    assert {k: v for k, v in after.items() if k != ".lock"} == {k: v for k, v in before.items() if k != ".lock"}
+
+
 def test_a_damaged_checkpoint_is_passed_over(whole, tmp_path):
     again = tmp_path / "run"
     shutil.copytree(whole, again, symlinks=True)
@@ -135,7 +160,14 @@ def _read(path: Path) -> bytes:
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_batch(tmp_path):
     folder = tmp_path / "run"
-    output = run(*FAST, f"{LOSSES}NanAtThirdCall", "step_scheduler.max_steps=5", f"output_dir={folder}", status=1)
+    output = run(
+        *FAST,
+        f"{LOSSES}NanAtThirdCall",
+        "step_scheduler.local_batch_size=32",
+        "step_scheduler.max_steps=5",
+        f"output_dir={folder}",
+        status=1,
+    )
     assert "step 3: loss sum nan" in output and "no weight was changed" in output
     assert (folder / "non_finite_step_3_rank_0.pt").is_file()
     assert json.loads((folder / "run.json").read_text())["ended"]["status"] == "failed"
@@ -143,7 +175,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_batch(tmp_path):
 
 def test_a_loss_that_is_not_finite_can_be_skipped(tmp_path):
     folder = tmp_path / "run"
-    output = run(*FAST, f"{LOSSES}NanAtThirdCall", "step_scheduler.max_steps=5", "on_non_finite=skip",
+    output = run(*FAST, f"{LOSSES}NanAtThirdCall", "step_scheduler.local_batch_size=32", "step_scheduler.max_steps=5", "on_non_finite=skip",
                  f"output_dir={folder}")  # fmt: skip
     assert "on_non_finite=skip" in output
     assert [record["loss"] is None for record in records(folder)] == [False, False, True, False, False]

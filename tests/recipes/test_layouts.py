@@ -92,3 +92,43 @@ def test_run_json_says_what_ran(runs):
     assert record["num_parameters"] == 260_032
     assert record["resumed_from_step"] == [None]
     assert record["ended"]["status"] == "done"
+
+
+OPTIONS = {
+    "bf16 ddp": ["distributed.mixed_precision=bf16"],
+    "bf16 fsdp2": ["distributed=fsdp2", "distributed.mixed_precision=bf16"],
+    "recompute ddp": ["distributed.activation_checkpointing=true"],
+    "recompute fsdp2": [
+        "distributed=fsdp2",
+        "distributed.activation_checkpointing=true",
+        "distributed.cpu_offload=true",
+    ],
+    "keep gathered": [
+        "distributed=fsdp2",
+        "distributed.reshard_after_forward=false",
+        "distributed.defer_grad_sync=false",
+    ],
+    "replicas": ["distributed=fsdp2", "distributed.dp_replicate_size=2"],
+    "workers and sgd": [
+        "dataloader.num_workers=2",
+        "optimizer=sgd",
+        "lr_scheduler=linear",
+        "clip_grad_norm.max_norm=null",
+    ],
+    "weights in bf16": ["model.dtype=bfloat16"],
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_of_a_strategy_trains(runs, shared_data, stories, tmp_path, name):
+    run(
+        "model=hf", f"model.pretrained_model_name_or_path={stories}", "dataset=jsonl",
+        f"dataset.path={shared_data}/sft/gsm8k_train.jsonl", "step_scheduler.max_steps=3", "optimizer.lr=1e-5",
+        "launch.nproc_per_node=2", f"output_dir={tmp_path}/run", *OPTIONS[name],
+    )  # fmt: skip
+    # bf16 keeps about three digits; all else is the same computation
+    tolerance = 2e-2 if "bf16" in name else 1e-5
+    first, expected = records(tmp_path / "run")[0], records(runs["one process"])[0]
+    assert first["loss"] == pytest.approx(expected["loss"], rel=tolerance)
+    assert first["grad_norm"] == pytest.approx(expected["grad_norm"], rel=5 * tolerance)
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
