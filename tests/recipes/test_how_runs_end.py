@@ -60,13 +60,15 @@ def test_a_run_goes_on_in_another_layout(whole, tmp_path):
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
 
 
-def test_a_checkpoint_of_another_model_is_refused_before_anything_changes(whole, tmp_path, stories, shared_data):
+def test_a_checkpoint_of_another_model_is_refused_before_anything_changes(whole, tmp_path):
     again = tmp_path / "run"
     shutil.copytree(whole, again, symlinks=True)
     before = {p.name: p.read_bytes() for p in again.iterdir() if p.is_file()}
-    argv = [*FAST, "step_scheduler.max_steps=9", "model=scratch", f"model.tokenizer_name_or_path={whole}/model",
-            "model.config.hidden_size=64", "model.config.max_position_embeddings=256", "model.config.intermediate_size=64", "model.config.num_hidden_layers=1",
-            "step_scheduler.global_batch_size=32", "validation_dataset=demo"]  # fmt: skip
+    argv = [
+        *FAST, "step_scheduler.max_steps=9", "model=scratch", f"model.tokenizer_name_or_path={whole}/model",
+        "model.config.hidden_size=64", "model.config.intermediate_size=64", "model.config.num_hidden_layers=1",
+        "model.config.max_position_embeddings=256", "step_scheduler.global_batch_size=32", "validation_dataset=demo",
+    ]  # fmt: skip
     output = run(*argv, f"output_dir={again}", status=2)
     assert "does not fit this model" in output and "Traceback" not in output
     after = {p.name: p.read_bytes() for p in again.iterdir() if p.is_file()}
@@ -175,8 +177,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_batch(tmp_path):
 
 def test_a_loss_that_is_not_finite_can_be_skipped(tmp_path):
     folder = tmp_path / "run"
-    output = run(*FAST, f"{LOSSES}NanAtThirdCall", "step_scheduler.local_batch_size=32", "step_scheduler.max_steps=5", "on_non_finite=skip",
-                 f"output_dir={folder}")  # fmt: skip
+    output = run(
+        *FAST, f"{LOSSES}NanAtThirdCall", "step_scheduler.local_batch_size=32", "step_scheduler.max_steps=5",
+        "on_non_finite=skip", f"output_dir={folder}",
+    )  # fmt: skip
     assert "on_non_finite=skip" in output
     assert [record["loss"] is None for record in records(folder)] == [False, False, True, False, False]
 
