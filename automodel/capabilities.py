@@ -43,3 +43,6 @@ LATER_OPTIONS: dict[str, tuple[str, ...]] = {
     "launch": ("slurm",),
 }
 """Options of groups that are planned."""
+
+CHAT_TEMPLATES = ("chatml",)
+"""The names that ``dataset.chat_template`` takes besides a file."""

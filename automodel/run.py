@@ -101,7 +101,10 @@ def _close_run_dir(run_dir: RunDir, status: ExitStatus, ended: dict[str, Any]) -
     if status == ExitStatus.BAD_INPUT or not run_dir.run_json_path.exists():
         run_dir.abandon()
         return
-    run_dir.update_record(ended=ended | {"time": datetime.now(UTC).isoformat()})
+    try:
+        run_dir.update_record(ended=ended | {"time": datetime.now(UTC).isoformat()})
+    except OSError as error:  # a full disk, say: what ended the run has been told already
+        print(f"error: run.json could not be brought up to date: {error}", file=sys.stderr)
     run_dir.release()
 
 
@@ -127,8 +130,10 @@ def _how_it_failed(error: BaseException) -> tuple[ExitStatus, dict[str, Any]]:
         status = ExitStatus.STOPPED if error.is_saved else ExitStatus.FAILED
         return status, {"status": "stopped", "step": error.step}
     if _is_echo(error):
-        # A peer failed first: its traceback is the one to read, and the launcher is about to end this rank.
-        time.sleep(5)
+        # A peer failed first: its traceback is the one to read, so let it come, and do not bury it.
+        time.sleep(2)
+        print(f"rank {os.environ.get('RANK', '0')} lost a peer: {str(error).splitlines()[0]}", file=sys.stderr)
+        return ExitStatus.FAILED, {"status": "failed", "error": "a peer was lost"}
     _record_for_agent(error)
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)

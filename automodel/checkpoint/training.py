@@ -57,8 +57,12 @@ class Checkpointer:
         final = self.folder / f"step_{progress['step']:08d}"
         partial = self.folder / f".{final.name}.partial"
         run_on_main(lambda: _make_empty(partial))
-        dcp.save(_app_state(state) | {f"rng_{dist.get_rank()}": pickle.dumps(rng)}, checkpoint_id=partial)
-        run_on_main(lambda: self._publish(partial, final, progress))
+        try:
+            dcp.save(_app_state(state) | {f"rng_{dist.get_rank()}": pickle.dumps(rng)}, checkpoint_id=partial)
+            run_on_main(lambda: self._publish(partial, final, progress))
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # it would only take room
+            raise
         return final
 
     def _publish(self, partial: Path, final: Path, progress: dict[str, Any]) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from automodel.capabilities import CHAT_TEMPLATES
 from automodel.config.names import did_you_mean
 from automodel.config.schema import Config
 
 BACKENDS = ("auto", "nccl", "gloo", "xccl", "ccl", "hccl", "mpi")
-BUILT_IN_CHAT_TEMPLATES = ("chatml",)
 
 
 def cross_checks(cfg: Config, env: Mapping[str, str] = os.environ) -> list[str]:
@@ -123,12 +123,8 @@ def _check_datasets(cfg: Config) -> Iterator[str]:
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 yield f"{name}.{key}={value} must be at least 1"
         choice = section.get("chat_template")
-        if (
-            isinstance(choice, str)
-            and choice not in BUILT_IN_CHAT_TEMPLATES
-            and not Path(choice).expanduser().is_file()
-        ):
-            yield f"{name}.chat_template={choice} is neither a file nor one of: {', '.join(BUILT_IN_CHAT_TEMPLATES)}"
+        if isinstance(choice, str) and choice not in CHAT_TEMPLATES and not Path(choice).expanduser().is_file():
+            yield f"{name}.chat_template={choice} is neither a file nor one of: {', '.join(CHAT_TEMPLATES)}"
 
 
 def _check_file(key: str, path: Any) -> Iterator[str]:

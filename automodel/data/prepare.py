@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from automodel.data.chat import set_chat_template, tokenize_messages
 from automodel.data.formats import FormatName, Messages, PromptCompletion, TextLabel, UnknownFormat, choose_format
@@ -27,8 +27,6 @@ from automodel.types import IGNORE_INDEX, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from automodel.data.sources import Source
-
 log = get_logger(__name__)
 
 ReadRow = Row | tuple[str, BadRow]
@@ -44,6 +42,20 @@ class PrepareOptions:
     format: FormatName = "auto"
     columns: Mapping[str, str | None] = field(default_factory=dict)
     chat_template: str | None = None
+
+
+class Source(Protocol):
+    """What a section of the ``dataset`` group builds."""
+
+    @property
+    def display_name(self) -> str:
+        """What the rows are called in messages."""
+
+    def rows(self, *, is_classification: bool) -> Iterable[ReadRow]:
+        """Yield every row with its place, a damaged one as what is wrong with it."""
+
+    def options(self, model_max_length: int | None) -> PrepareOptions:
+        """Return what decides how a row is prepared, for a model that takes so many tokens."""
 
 
 class _Collector:

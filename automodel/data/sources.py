@@ -4,27 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from automodel.data.formats import FormatName
 from automodel.data.prepare import PrepareOptions, ReadRow
 from automodel.data.readers import Row, local_files, read_jsonl
 from automodel.data.tokenize import Truncation
 from automodel.types import UserError
-
-
-class Source(Protocol):
-    """What a section of the ``dataset`` group builds."""
-
-    @property
-    def display_name(self) -> str:
-        """What the rows are called in messages."""
-
-    def rows(self, *, is_classification: bool) -> Iterable[ReadRow]:
-        """Yield every row with its place, a damaged one as what is wrong with it."""
-
-    def options(self, model_max_length: int | None) -> PrepareOptions:
-        """Return what decides how a row is prepared, for a model that takes so many tokens."""
 
 
 @dataclass(frozen=True)

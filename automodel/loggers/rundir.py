@@ -150,5 +150,8 @@ def _make_folders(path: Path) -> list[Path]:
 def _write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old text or the new, never a part."""
     new = path.with_name(f".{path.name}.new")
-    new.write_text(text)
-    os.replace(new, path)
+    try:
+        new.write_text(text)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)

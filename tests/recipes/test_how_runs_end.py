@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -139,6 +140,39 @@ def test_one_failing_rank_ends_the_job_with_its_traceback(tmp_path):
     assert "launcher: rank 1 failed with status 1" in output
 
 
+def test_a_killed_rank_ends_the_job_and_is_named(tmp_path):
+    folder = tmp_path / "run"
+    process = start(
+        *FAST, f"{LOSSES}Slow", "step_scheduler.max_steps=500", "launch.nproc_per_node=2", f"output_dir={folder}"
+    )
+    wait_for_steps(folder, 1)
+    workers = [pid for pid in Path("/proc").glob("[0-9]*") if f"PPid:\t{process.pid}\n" in _status(pid)]
+    ranks = {rank: pid for pid in workers for rank in (0, 1) if f"\0RANK={rank}\0".encode() in _read(pid / "environ")}
+    os.kill(int(ranks[1].name), signal.SIGKILL)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "launcher: rank 1 was killed by SIGKILL; the run is ended" in output
+    assert "Traceback" not in output
+
+
+def test_a_full_disk_is_told_and_the_last_checkpoint_stays(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", disk], check=False, capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small disk can be made by root alone")
+    try:
+        argv = [*FAST, "step_scheduler.max_steps=4", "step_scheduler.ckpt_every_steps=1", f"output_dir={disk}/run"]
+        output = run(*argv, "checkpoint.keep_last=null", status=1)
+        assert "No space left on device" in output
+        assert (disk / "run" / "checkpoints" / "latest").resolve().name == "step_00000001"
+        assert not list((disk / "run" / "checkpoints").glob(".*.partial"))
+        output = run(*argv, "step_scheduler.ckpt_every_steps=9", "checkpoint.enabled=false", "export.enabled=false")
+        assert "resumed from" in output and "at step 1" in output
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def test_workers_die_with_their_launcher(tmp_path):
     folder = tmp_path / "run"
     process = start(
@@ -151,6 +185,10 @@ def test_workers_die_with_their_launcher(tmp_path):
     size = (folder / "metrics.jsonl").stat().st_size
     assert [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(folder).encode() in _read(p)] == []
     assert (folder / "metrics.jsonl").stat().st_size == size
+
+
+def _status(process: Path) -> str:
+    return _read(process / "status").decode()
 
 
 def _read(path: Path) -> bytes:
@@ -270,7 +308,6 @@ def test_wandb_is_kept_offline_and_a_broken_logger_stops_nothing(tmp_path):
 
 
 def test_under_torchrun_the_job_is_joined(tmp_path):
-    import subprocess
     import sys
 
     from tests.recipes.command import ROOT

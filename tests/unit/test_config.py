@@ -253,3 +253,21 @@ def test_a_users_own_target_is_checked_by_its_signature(tmp_path, monkeypatch):
     assert load_config(["optimizer._target_=mine_optim.build", "+optimizer.extra=2"], env={})
     told = problems_of("optimizer._target_=mine_optim.build", "+optimizer.extar=2")
     assert "optimizer.extar is not an option of build; did you mean extra?" in told
+
+
+def test_the_names_of_chat_templates_are_those_that_there_are():
+    from automodel.capabilities import CHAT_TEMPLATES
+    from automodel.data.chat import BUILT_IN_TEMPLATES
+
+    assert set(CHAT_TEMPLATES) == set(BUILT_IN_TEMPLATES)
+
+
+def test_the_table_of_strategy_options_is_what_the_strategies_take():
+    import inspect
+
+    from automodel.capabilities import STRATEGY_OPTIONS
+    from automodel.distributed.ddp import DDP
+    from automodel.distributed.fsdp2 import FSDP2
+
+    for strategy in (DDP, FSDP2):
+        assert set(STRATEGY_OPTIONS[strategy.name]) == set(inspect.signature(strategy).parameters)

@@ -1,0 +1,76 @@
+"""Validation does not depend on the number of ranks, uneven and empty shards included."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from automodel.data.collate import CausalLMCollator
+from automodel.data.loader import validation_batches
+from automodel.eval.validation import (
+    Validation,
+    measure_classification,
+    measure_loss,
+    summarize_classification,
+    validate,
+)
+from automodel.losses.cross_entropy import CrossEntropy
+from tests.dist.tiny import parallel_model, tiny_llama, uneven_rows
+
+
+def validated(strategy: str, num_rows: int, batch_size: int) -> dict[str, float]:
+    model, _ = parallel_model(strategy)
+    model.train()
+    validation = Validation(
+        "validation",
+        batches=lambda: validation_batches(
+            uneven_rows(num_rows),
+            collate=CausalLMCollator(0),
+            batch_size=batch_size,
+            dp_rank=dist.get_rank(),
+            dp_size=dist.get_world_size(),
+        ),
+        measure=measure_loss(CrossEntropy()),
+    )
+    record = validate(
+        model, validation, device=torch.device("cpu"), dp_group=dist.group.WORLD, autocast=nullcontext
+    )
+    assert model.training
+    return record
+
+
+def plain_loss(num_rows: int) -> tuple[float, int]:
+    model, loss_sum, count = tiny_llama().eval(), 0.0, 0
+    for row in uneven_rows(num_rows):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+        loss_sum += F.cross_entropy(logits.double(), torch.tensor(row["labels"]), reduction="sum").item()
+        count += sum(label != -100 for label in row["labels"])
+    return loss_sum / count, count
+
+
+@pytest.mark.parametrize(("world", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp2"), (4, "ddp"), (4, "hsdp")])
+@pytest.mark.parametrize(("num_rows", "batch_size"), [(7, 2), (1, 3)])
+def test_validation_equals_one_plain_process(ranks, world, strategy, num_rows, batch_size):
+    ((loss, count),) = ranks[1].run(plain_loss, num_rows)
+    for record in ranks[world].run(validated, strategy, num_rows, batch_size):
+        assert record["loss"] == pytest.approx(loss, rel=1e-6)
+        assert record["num_label_tokens"] == count
+
+
+def test_accuracy_and_macro_f1_by_hand():
+    truths, predictions = [0, 0, 1, 1, 2, -100], [0, 1, 1, 1, 0, 2]
+
+    class Fixed(CrossEntropy):
+        def with_logits(self, model, batch):
+            return torch.zeros(()), F.one_hot(torch.tensor(predictions), 4).float()
+
+    sums = measure_classification(Fixed(), 4)(torch.nn.Identity(), {"labels": torch.tensor(truths)})
+    metrics = summarize_classification({name: value.double() for name, value in sums.items()})
+    # label 0: precision 1/2, recall 1/2; label 1: 2/3 and 1; label 2: 0; label 3 never occurs
+    assert metrics["accuracy"] == pytest.approx(3 / 5)
+    assert metrics["macro_f1"] == pytest.approx((0.5 + 0.8 + 0.0) / 3)
