@@ -29,6 +29,10 @@ PROGRESS = "progress.json"
 _STEP_FOLDER = re.compile(r"step_(\d{8})")
 
 
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
 @dataclass
 class TrainState:
     """The objects whose state a checkpoint holds."""
@@ -53,6 +57,9 @@ class Checkpointer:
         Args:
             progress: small JSON facts: ``step``, the length of the metrics file, what decides the data's order.
             rng: the state of this rank's random generators.
+
+        Raises:
+            SaveError: on every rank, where any of them could not write.
         """
         final = self.folder / f"step_{progress['step']:08d}"
         partial = self.folder / f".{final.name}.partial"
@@ -60,9 +67,13 @@ class Checkpointer:
         try:
             dcp.save(_app_state(state) | {f"rng_{dist.get_rank()}": pickle.dumps(rng)}, checkpoint_id=partial)
             run_on_main(lambda: self._publish(partial, final, progress))
-        except BaseException:
+        except (Exception, dcp.api.CheckpointException) as error:  # the latter is no Exception
+            free_mib = shutil.disk_usage(self.folder).free // 2**20
             shutil.rmtree(partial, ignore_errors=True)  # it would only take room
-            raise
+            raise SaveError(
+                f"checkpoint {final} could not be written, with {free_mib} MiB free on its disk; "
+                "the checkpoints before it are untouched"
+            ) from error
         return final
 
     def _publish(self, partial: Path, final: Path, progress: dict[str, Any]) -> None:
