@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def scale_gradients_(parameters: Iterable[nn.Parameter], factor: torch.Tensor) -> None:
-    """Multiply every gradient in place by ``factor`` (a scalar tensor on the gradients' device)."""
+    """Multiply every gradient in place by ``factor``, a scalar tensor on any device."""
     grads = [_local(p.grad) for p in parameters if p.grad is not None]
     grads = [grad for grad in grads if grad.numel()]
     if grads:
-        torch._foreach_mul_(grads, factor)
+        torch._foreach_mul_(grads, factor.to(grads[0].device))
 
 
 @torch.no_grad()
@@ -84,8 +84,7 @@ def rescale_gradients(
     if dp_group is not None:
         num_tokens = _all_reduced(num_tokens, dp_group)
     factor = mean_scale(num_tokens, 1 if dp_group is None else dist.get_world_size(dp_group))
-    parameters = list(model.parameters())
-    scale_gradients_(parameters, factor.to(_grad_device(parameters)))
+    scale_gradients_(model.parameters(), factor)
 
 
 @torch.no_grad()
@@ -123,10 +122,6 @@ def _sharded_axes(grad: DTensor) -> tuple[int, ...]:
 
 def _square_sum(grad: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(grad, dtype=torch.float32) ** 2
-
-
-def _grad_device(parameters: list[nn.Parameter]) -> torch.device:
-    return next((p.grad.device for p in parameters if p.grad is not None), torch.device("cpu"))
 
 
 def _all_reduced(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

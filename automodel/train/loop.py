@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -81,6 +81,8 @@ class TrainLoop:
     resume_facts: dict[str, Any]
     on_non_finite: Literal["stop", "skip"]
     dump_folder: Path
+    _unread: tuple[int, StepResult, list[Batch]] | None = field(default=None, init=False)
+    _last_loss: float = field(default=float("nan"), init=False)
 
     def run(self) -> None:
         """Train from the current step to the last; every rank must call it.
@@ -90,7 +92,6 @@ class TrainLoop:
             NonFiniteError: as ``on_non_finite`` says.
         """
         self.model.train()
-        self._unread: tuple[int, StepResult, list[Batch]] | None = None
         first_step = self.steps.step + 1
         with StopRequest() as stop, progress(self.steps.total_steps, description="training") as bar:
             for epoch, steps_done in self.steps.remaining_epochs():
@@ -109,16 +110,14 @@ class TrainLoop:
                     self._evaluate_and_save(result)
             self._read_flag()
 
-    def evaluate(self) -> dict[str, dict[str, Any]]:
+    def evaluate(self) -> None:
         """Run every evaluator and log its record; every rank must call it."""
-        results = {}
         for evaluator in self.evaluators:
-            results[evaluator.name] = evaluator.run()
+            result = evaluator.run()
             record = {"kind": "validation", "name": evaluator.name, "step": self.steps.step}
-            self.sink.log(record | results[evaluator.name] | {"timestamp": _now()})
-            figures = ", ".join(f"{k.removeprefix('metric/')} {v:.4f}" for k, v in _headline(results[evaluator.name]))
+            self.sink.log(record | result | {"timestamp": _now()})
+            figures = ", ".join(f"{name.removeprefix('metric/')} {value:.4f}" for name, value in _headline(result))
             log.info("%s at step %d: %s", evaluator.name, self.steps.step, figures)
-        return results
 
     def _train_step(self, micro_batches: list[Batch], stop: StopRequest) -> tuple[StepResult, float]:
         lr = self.lr_scheduler.get_last_lr()[0]
@@ -145,7 +144,7 @@ class TrainLoop:
             return
         step, result, micro_batches = self._unread
         self._unread = None
-        if not result.is_bad.item():
+        if not result.is_bad.read():
             return
         what = f"step {step}: loss sum {result.loss_sum.item()}, gradient norm {result.grad_norm.item()}"
         if self.on_non_finite == "skip":
@@ -197,8 +196,6 @@ class TrainLoop:
         state = TrainState(self.model, self.optimizer, self.lr_scheduler)
         folder = self.checkpointer.save(state, progress=facts, rng=rng_state())
         log.info("checkpoint %s", folder)
-
-    _last_loss: float = float("nan")
 
 
 def _now() -> str:

@@ -36,19 +36,39 @@ class StepConfig:
     autocast: Callable[[], AbstractContextManager]
 
 
+class DeferredFlag:
+    """A flag computed on the device that the host may read later without waiting for work enqueued since."""
+
+    def __init__(self, flag: torch.Tensor) -> None:
+        self._event = None
+        if flag.device.type == "cuda":
+            self._value = torch.empty((), dtype=flag.dtype, pin_memory=True)
+            self._value.copy_(flag, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._value = flag
+
+    def read(self) -> bool:
+        """Wait until the flag is there, and return it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._value.item())
+
+
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave, global over all ranks; ``loss_sum``, ``grad_norm`` and ``is_bad`` stay on the device.
+    """What a step gave, global over all ranks; ``loss_sum`` and ``grad_norm`` stay on the device.
 
     Attributes:
         grad_norm: of the gradient of the mean loss, before clipping.
-        is_bad: 1.0 where the loss or the norm was not finite, so that no weight changed.
+        is_bad: whether the loss or the norm was not finite, so that no weight changed.
         num_stop_requests: ranks that asked to stop after this step.
     """
 
     loss_sum: torch.Tensor
     grad_norm: torch.Tensor
-    is_bad: torch.Tensor
+    is_bad: DeferredFlag
     num_label_tokens: int
     num_tokens: int
     num_stop_requests: int
@@ -96,7 +116,7 @@ def train_step(
     if num_label_tokens:
         _step_unless(optimizer, is_bad)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss_sum, grad_norm, is_bad, num_label_tokens, num_tokens, num_stop_requests)
+    return StepResult(loss_sum, grad_norm, DeferredFlag(is_bad), num_label_tokens, num_tokens, num_stop_requests)
 
 
 def _count_tokens(micro_batches: Sequence[Batch]) -> tuple[int, int]:
