@@ -119,7 +119,8 @@ def _from_group(method: str, names: tuple[str, ...], *, default: int) -> int:
 def _from_env(names: tuple[str, ...], *, default: int) -> int:
     for name in names:
         value = os.environ.get(name)
-        if value is None:
+        # A batch script has SLURM's variables too, without being one of the ranks that srun starts.
+        if value is None or (name.startswith("SLURM_") and "SLURM_STEP_ID" not in os.environ):
             continue
         try:
             return int(value)

@@ -47,7 +47,10 @@ def test_a_single_process_needs_no_environment_and_starts_and_ends_twice():
 
 
 def test_ranks_come_from_the_environment_before_a_group_exists(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("SLURM_PROCID", "5")
+    assert get_rank_safe() == 0  # a batch script, no step
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
     monkeypatch.setenv("SLURM_LOCALID", "1")
     assert (get_rank_safe(), get_local_rank_preinit()) == (5, 1)
     monkeypatch.setenv("RANK", "3")
