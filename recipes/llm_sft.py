@@ -114,6 +114,7 @@ class _Evaluator:
                 self.tokenizer,
                 prompts=self.rows.prompts,
                 is_sharded=job.strategy.is_sharded,
+                device=job.dist_info.device,
                 dp_group=job.dp_group,
             )
         )

@@ -10,7 +10,8 @@ import yaml
 from automodel.config.schema import Config
 
 MASK = "***"
-_SECRET_KEY = re.compile(r"(^|_)(token|secret|password|api_key|apikey)s?$", re.IGNORECASE)
+_SECRET_KEY = re.compile(r"(^|_)(token|secret|password|api_?key)$", re.IGNORECASE)
+_SECRET_ARGUMENT = re.compile(r"((?:token|secret|password|api_?key)=)[^\s'\"]+", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|[0-9a-f]{40})\b")
 
 
@@ -26,6 +27,11 @@ def masked(value: Any, key: str = "") -> Any:
         return {name: masked(item, str(name)) for name, item in value.items()}
     if isinstance(value, list):
         return [masked(item, key) for item in value]
-    if isinstance(value, str) and (_SECRET_KEY.search(key) or _SECRET_VALUE.search(value)):
-        return MASK
+    if isinstance(value, str):
+        return MASK if _SECRET_KEY.search(key) else masked_text(value)
     return value
+
+
+def masked_text(text: str) -> str:
+    """Return ``text`` without what looks like a secret in it, such as in a command line."""
+    return _SECRET_ARGUMENT.sub(rf"\1{MASK}", _SECRET_VALUE.sub(MASK, text))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     import torch.distributed as dist
     from torch import nn
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +51,7 @@ class GenerationEvaluation:
         *,
         prompts: Sequence[Prompt],
         is_sharded: bool,
+        device: torch.device,
         dp_group: dist.ProcessGroup,
     ) -> GenerationScores:
         """Generate and score; every rank must call it with the same prompts.
@@ -57,6 +59,7 @@ class GenerationEvaluation:
         Args:
             model: as trained, perhaps wrapped.
             is_sharded: the ranks hold parts of the weights, so that they must generate in lockstep.
+            device: where the model computes.
         """
         import torch.distributed as dist
 
@@ -74,7 +77,7 @@ class GenerationEvaluation:
                 if not chosen and not is_sharded:
                     continue
                 ids = [prompts[i].prompt_ids for i in chosen or range(1)]
-                texts = self._generate(generator, tokenizer, ids, in_lockstep=is_sharded and size > 1)
+                texts = self._generate(generator, tokenizer, ids, device=device, in_lockstep=is_sharded and size > 1)
                 answers += zip(chosen, texts, strict=False)
         finally:
             generator.train(was_training)
@@ -83,13 +86,18 @@ class GenerationEvaluation:
         return self._score(prompts, dict(pair for part in gathered for pair in part))
 
     def _generate(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[list[int]], *, in_lockstep: bool
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: list[list[int]],
+        *,
+        device: torch.device,
+        in_lockstep: bool,
     ) -> list[str]:
         import torch
         from transformers import GenerationConfig
 
         width = max(len(ids) for ids in prompt_ids)
-        device = next(model.parameters()).device
         # Padded on the left, so that every answer starts in the same column.
         padded = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from automodel import __version__
+from automodel.config.record import masked_text
 from automodel.types import UserError
 
 
@@ -118,7 +119,7 @@ def environment_record() -> dict[str, Any]:
         name: _version(name) for name in names
     }
     return {
-        "command": shlex.join([sys.executable, *sys.orig_argv[1:]]),
+        "command": masked_text(shlex.join([sys.executable, *sys.orig_argv[1:]])),
         "versions": versions,
         "git_commit": _git_commit(),
         "host": platform.node(),

@@ -247,6 +247,14 @@ def test_the_resolved_yaml_runs_again_and_holds_no_secret(tmp_path):
     assert "a saved configuration has no groups" in told
 
 
+def test_secrets_on_a_command_line_are_masked():
+    from automodel.config.record import masked, masked_text
+
+    assert masked_text("run +x.api_key=abc123 max_new_tokens=64") == "run +x.api_key=*** max_new_tokens=64"
+    kept = {"max_tokens": "5", "eos_token_id": "2"}
+    assert masked({"hf_token": "abc"} | kept) == {"hf_token": "***"} | kept
+
+
 def test_a_users_own_target_is_checked_by_its_signature(tmp_path, monkeypatch):
     (tmp_path / "mine_optim.py").write_text("def build(params, *, lr, betas, eps, weight_decay=0.0, extra=1): ...\n")
     monkeypatch.syspath_prepend(str(tmp_path))
