@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from automodel.distributed.reduce import all_reduce_sum_
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -43,7 +45,7 @@ def total_grad_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
         if mesh is not None:
             device_mesh, axes = mesh
             for axis in axes:
-                dist.all_reduce(partial, group=device_mesh.get_group(axis))
+                all_reduce_sum_(partial, device_mesh.get_group(axis))
         total = total + partial
     return total.sqrt()
 
@@ -81,8 +83,7 @@ def rescale_gradients(
         dp_group: the group over which the wrapper averaged and the counts are summed; None: nothing is summed.
     """
     num_tokens = num_tokens_for_grad_scaling.detach().clone().to(torch.int64)
-    if dp_group is not None:
-        num_tokens = _all_reduced(num_tokens, dp_group)
+    all_reduce_sum_(num_tokens, dp_group)
     factor = mean_scale(num_tokens, 1 if dp_group is None else dist.get_world_size(dp_group))
     scale_gradients_(model.parameters(), factor)
 
@@ -122,8 +123,3 @@ def _sharded_axes(grad: DTensor) -> tuple[int, ...]:
 
 def _square_sum(grad: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(grad, dtype=torch.float32) ** 2
-
-
-def _all_reduced(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    dist.all_reduce(tensor, group=group)
-    return tensor

@@ -25,4 +25,5 @@ def build_mesh(dist_info: DistInfo, *, dp_replicate_size: int = 1) -> DeviceMesh
     if rest:
         raise ValueError(f"dp_replicate_size {dp_replicate_size} does not divide {dist_info.world_size} ranks")
     shape = (dp_replicate_size, num_shards)
-    return init_device_mesh(dist_info.device.type, shape, mesh_dim_names=(REPLICATE_AXIS, SHARD_AXIS))
+    kind = "cpu" if dist_info.device.type == "mps" else dist_info.device.type  # mps has no collectives of its own
+    return init_device_mesh(kind, shape, mesh_dim_names=(REPLICATE_AXIS, SHARD_AXIS))

@@ -33,8 +33,7 @@ def reduce_loss(
         denominator = total_num_tokens.detach().clone().to(torch.int64).reshape(())
     else:
         denominator = torch.tensor(len(loss_store), dtype=torch.int64, device=device)
-    if dp_group is not None:
-        dist.all_reduce(denominator, group=dp_group)
+    all_reduce_sum_(denominator, dp_group)
     return sum_losses(loss_store, device=device, dp_group=dp_group), denominator
 
 
@@ -44,6 +43,14 @@ def sum_losses(
     """Return the sum of scalars over this rank's ``losses`` (perhaps none) and the group, float32 on ``device``."""
     parts = [loss.detach().to(device=device, dtype=torch.float32).reshape(()) for loss in losses]
     loss_sum = torch.stack(parts).sum() if parts else torch.zeros((), device=device)
-    if dp_group is not None:
-        dist.all_reduce(loss_sum, group=dp_group)
+    all_reduce_sum_(loss_sum, dp_group)
     return loss_sum
+
+
+def all_reduce_sum_(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    """Sum ``tensor`` in place over ``group``.
+
+    Alone there is nothing to send, which matters on mps, whose tensors gloo cannot take.
+    """
+    if group is not None and dist.get_world_size(group) > 1:
+        dist.all_reduce(tensor, group=group)

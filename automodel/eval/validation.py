@@ -54,7 +54,7 @@ def validate(
                 sums = validation.measure(model, batch)
             for name, value in sums.items():
                 # Summed on the host in double precision: the order of the batches must not show.
-                value = value.detach().to(device="cpu", dtype=torch.float64)
+                value = value.detach().cpu().double()
                 total[name] = total[name] + value if name in total else value
     finally:
         model.train(was_training)
