@@ -170,6 +170,8 @@ def _is_known_choice(override: Override, source: _Source, problems: list[str]) -
     if group not in source.groups:
         problems.append(f"{override.input_line}: there is no group {group}{did_you_mean(group, source.groups)}")
         return False
+    if override.is_delete():
+        return True
     options = source.groups[group]
     ok = True
     for value in _values(override):

@@ -176,6 +176,10 @@ def test_what_suits_the_demo_does_not_leak_into_a_real_run(rows):
     assert real.evaluation is None and real.validation_dataset is None
 
 
+def test_a_group_can_be_left_out():
+    assert load_config(["~evaluation"], env={}).evaluation is None
+
+
 def test_defaults_in_code_equal_those_in_yaml():
     """Options of our own targets may have defaults for use in Python; they must not drift from the YAML's."""
     import dataclasses
