@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _show_by_hydra(argv)
     elif jobs is not None:
         sys.exit(_run_sweep(jobs))
-    elif is_worker(os.environ) or cfg.launch.get("nproc_per_node", 1) == 1:
+    elif is_worker(os.environ) or (cfg.launch.get("nproc_per_node", 1) == 1 and not cfg.launch.get("max_restarts")):
         leave(run_recipe(cfg))
     else:
         launch = LocalLaunch(**{key: value for key, value in cfg.launch.items() if key != "_target_"})

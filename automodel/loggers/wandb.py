@@ -64,7 +64,7 @@ def _default_mode() -> str | None:
         return None  # as the environment says
     import wandb
 
-    if wandb.api.api_key:
+    if wandb.login(prompt=False, verify=False):
         return None
     log.info("wandb: nobody is logged in, so the run is kept offline (wandb sync sends it later)")
     return "offline"
