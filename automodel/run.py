@@ -68,7 +68,9 @@ def run_recipe(cfg: Config) -> ExitStatus:
     run_dir = None
     try:
         run_dir, run_id = _open_run_dir(cfg, info)
-        _recipe_function(cfg)(_job(cfg, info=info, run_dir=run_dir, run_id=run_id))
+        from automodel.recipes.assembly import Job  # brings in transformers, so only once the lock is ours
+
+        _recipe_function(cfg)(Job(cfg, info, run_dir, run_id))
         status, ended = ExitStatus.DONE, {"status": "done"}
     except BaseException as error:
         status, ended = _how_it_failed(error)
@@ -106,12 +108,6 @@ def _close_run_dir(run_dir: RunDir, status: ExitStatus, ended: dict[str, Any]) -
     except OSError as error:  # a full disk, say: what ended the run has been told already
         print(f"error: run.json could not be brought up to date: {error}", file=sys.stderr)
     run_dir.release()
-
-
-def _job(cfg: Config, **parts: Any) -> Any:
-    from automodel.recipes.assembly import Job
-
-    return Job(cfg, parts["info"], parts["run_dir"], parts["run_id"])
 
 
 def _recipe_function(cfg: Config) -> Any:

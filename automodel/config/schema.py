@@ -99,10 +99,3 @@ class Config(Section):
     evaluation: OptionalTarget = None
     logger: dict[str, Target]
     launch: Target
-
-
-GROUPS = (
-    "recipe", "model", "peft", "dataset", "validation_dataset", "distributed", "optimizer", "lr_scheduler",
-    "loss_fn", "evaluation", "logger", "launch",
-)  # fmt: skip
-"""The groups in which one option is chosen."""
