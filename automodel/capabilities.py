@@ -10,8 +10,19 @@ STRATEGY_OPTIONS: dict[str, dict[str, str]] = {
         "defer_grad_sync": "reduce-scatter once a step instead of once a micro-batch",
         "mixed_precision": "parameters gathered in bf16, gradients reduced in float32",
         "dp_replicate_size": "HSDP: replicas of the sharded model",
+        "tp_size": "tensor parallel by the model's own plan, with or without replicas",
+        "sequence_parallel": "with tp_size: the sequence is split between the parallel blocks",
         "reshard_after_forward": "free gathered parameters between forward and backward",
+        "num_prefetched_layers": "layers gathered ahead while another one computes",
         "cpu_offload": "keep parameters, gradients and optimizer state in host memory",
+        "activation_checkpointing": "recompute activations in the backward",
+    },
+    "megatron_fsdp": {
+        "zero_stage": "shards 1: optimizer state, 2: gradients too, 3: parameters too",
+        "defer_grad_sync": "stage 1 reduces once a step; 2 and 3 every micro-batch, over replicas once a step",
+        "mixed_precision": "weights in bf16, with main weights, gradients and reductions in float32",
+        "dp_replicate_size": "replicas of the sharded model",
+        "shard_optimizer_over_replicas": "with replicas and stage 3: cut the optimizer state over them as well",
         "activation_checkpointing": "recompute activations in the backward",
     },
 }
@@ -25,8 +36,6 @@ LATER_KEYS = (
     "checkpoint.keep_every",
     "dataloader.length_grouped",
     "dataloader.max_tokens_per_batch",
-    "distributed.tp_size",
-    "distributed.zero_stage",
     "dataset.on_bad_row",
     "dataset.streaming",
 )
@@ -34,8 +43,7 @@ LATER_KEYS = (
 
 LATER_OPTIONS: dict[str, tuple[str, ...]] = {
     "recipe": ("llm_pretrain", "llm_dpo", "llm_kd", "llm_eval"),
-    "distributed": ("megatron_fsdp",),
-    "peft": ("lora", "dora", "qlora"),
+    "peft": ("qlora",),
     "dataset": ("mixture",),
     "validation_dataset": ("mixture",),
     "loss_fn": ("linear_ce",),

@@ -10,24 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel.checkpoint.export import export_model
 from automodel.checkpoint.training import Checkpointer, TrainState, load_checkpoint, newest_checkpoint, read_progress
 from automodel.config import Config, masked, resolved_yaml
 from automodel.data.loader import TrainLoader
 from automodel.distributed.dist_info import DistInfo
-from automodel.distributed.ordering import collective_timeout, run_on_main
+from automodel.distributed.mesh import DataParallel, Strategy, data_parallel
+from automodel.distributed.ordering import collective_timeout, everywhere, run_on_main
 from automodel.loggers.fanout import MetricSink, open_loggers
 from automodel.loggers.rundir import RunDir, environment_record
 from automodel.logs import add_log_file, get_logger
+from automodel.models.adapters import Task
 from automodel.optim.optimizers import parameter_groups
 from automodel.train.loop import Evaluator, Timeouts, TrainLoop
 from automodel.train.meter import Meter
@@ -47,26 +48,29 @@ class Job:
     dist_info: DistInfo
     run_dir: RunDir
     run_id: str
-    strategy: Any = field(init=False)
+    strategy: Strategy = field(init=False)
     mesh: DeviceMesh = field(init=False)
+    dp: DataParallel = field(init=False)
 
     def __post_init__(self) -> None:
         self.strategy = build(self.cfg.distributed)
         self.mesh = self.strategy.build_mesh(self.dist_info)
-
-    @property
-    def dp_group(self) -> dist.ProcessGroup:
-        """The ranks that share the rows of a step: all of them."""
-        return dist.group.WORLD
+        self.dp = data_parallel(self.mesh)
 
     @property
     def autocast(self) -> Callable[[], Any]:
         return partial(self.strategy.autocast, self.dist_info.device)
 
-    def parallelize(self, model: nn.Module) -> nn.Module:
-        """Move ``model`` to its device and wrap or shard it; then ranks draw their own random numbers."""
+    def build_model(self, load: Callable[[], PreTrainedModel], *, task: Task) -> nn.Module:
+        """Load the model on every rank, add the adapters of ``peft``, and wrap or shard it on its device.
+
+        Then data-parallel ranks draw random numbers of their own.
+        """
+        adapters = build(self.cfg.peft)
+        seed_everything(self.cfg.rng.seed)
+        model = everywhere(load if adapters is None else lambda: adapters.apply(load(), task=task))
         model = self.strategy.parallelize(model, dist_info=self.dist_info, mesh=self.mesh)
-        seed_everything(self.cfg.rng.seed, rank=self.dist_info.rank)
+        seed_everything(self.cfg.rng.seed, rank=self.dp.rank)
         return model
 
 
@@ -92,14 +96,13 @@ def build_loop(
     known to be good. Every rank must call it.
     """
     cfg, info = job.cfg, job.dist_info
-    num_ranks = info.world_size
     loader = TrainLoader(
         rows,
         collate=collate,
         global_batch_size=cfg.step_scheduler.global_batch_size,
         local_batch_size=cfg.step_scheduler.local_batch_size,
-        dp_rank=info.rank,
-        dp_size=num_ranks,
+        dp_rank=job.dp.rank,
+        dp_size=job.dp.size,
         seed=cfg.rng.seed,
         drop_last=cfg.dataloader.drop_last,
         num_workers=cfg.dataloader.num_workers,
@@ -112,6 +115,7 @@ def build_loop(
     if not evaluators:
         steps.val_every_steps = None
     optimizer = build(cfg.optimizer)(parameter_groups(model))
+    job.strategy.prepare_optimizer(optimizer, model)
     lr_scheduler = build(cfg.lr_scheduler)(optimizer, steps.total_steps)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     facts = _resume_facts(cfg, fingerprint) | (resume_facts or {})
@@ -131,7 +135,7 @@ def build_loop(
         epoch_batches=loader.epoch,
         step_config=StepConfig(
             device=info.device,
-            dp_group=job.dp_group,
+            dp_group=job.dp.group,
             defer_grad_sync=job.strategy.defer_grad_sync,
             clip_norm=cfg.clip_grad_norm.max_norm,
             autocast=job.autocast,
@@ -139,7 +143,7 @@ def build_loop(
         evaluators=evaluators,
         checkpointer=_checkpointer(job),
         sink=_open_loggers(job),
-        meter=Meter(info.device, world_size=num_ranks, num_parameters=num_parameters),
+        meter=Meter(info.device, world_size=info.world_size, num_parameters=num_parameters),
         timeouts=Timeouts(training=cfg.dist_env.timeout_minutes, slow_phase=cfg.dist_env.init_timeout_minutes),
         metrics_size=job.run_dir.metrics_size,
         resume_facts=facts,
@@ -257,7 +261,7 @@ def _open_run(job: Job, *, model: nn.Module, fingerprint: str, metrics_size: int
 
 def _log_plan(job: Job, loop: TrainLoop, *, num_rows: int, num_parameters: int) -> None:
     cfg, info, steps = job.cfg.step_scheduler, job.dist_info, loop.steps
-    accumulation = cfg.global_batch_size // (cfg.local_batch_size * info.world_size)
+    accumulation = cfg.global_batch_size // (cfg.local_batch_size * job.dp.size)
     trained = sum(p.numel() for p in loop.model.parameters() if p.requires_grad)
     saves = steps.count(steps.ckpt_every_steps) if loop.checkpointer else 0
     lines = {
@@ -267,7 +271,7 @@ def _log_plan(job: Job, loop: TrainLoop, *, num_rows: int, num_parameters: int) 
         "parameters": f"{num_parameters:,}, of which {trained:,} are trained",
         "rows": f"{num_rows:,}",
         "global batch": f"{cfg.global_batch_size} = {cfg.local_batch_size} local x {accumulation} accumulated "
-        f"x {info.world_size} ranks",
+        f"x {job.dp.size} data-parallel",
         "steps": f"{steps.total_steps:,} ({steps.steps_per_epoch:,} an epoch)",
         "evaluations": str(steps.count(steps.val_every_steps) if loop.evaluators else 0),
         "saves": str(saves),

@@ -15,7 +15,6 @@ from automodel.eval.validation import Validation, measure_classification, summar
 from automodel.models.hf import pad_token_id
 from automodel.recipes.assembly import Job, build, build_loop, log_where_and_next, train_and_export
 from automodel.train.loop import Evaluator
-from automodel.train.rng import seed_everything
 
 
 def run(job: Job) -> None:
@@ -24,11 +23,10 @@ def run(job: Job) -> None:
     source = build(cfg.model)
     tokenizer = everywhere(source.load_tokenizer)
     train_rows, validation_rows = everywhere(lambda: _load_rows(job, source, tokenizer))
-    seed_everything(cfg.rng.seed)
-    model = job.parallelize(everywhere(lambda: source.build(tokenizer, label_names=train_rows.label_names)))
+    model = job.build_model(lambda: source.build(tokenizer, label_names=train_rows.label_names), task="SEQ_CLS")
 
     loss_fn = build(cfg.loss_fn)
-    collate = ClassificationCollator(pad_token_id(tokenizer))
+    collate = ClassificationCollator(pad_token_id(tokenizer), job.strategy.length_multiple)
     evaluators: list[Evaluator] = []
     if validation_rows is not None:
         validation = Validation(
@@ -37,8 +35,8 @@ def run(job: Job) -> None:
                 validation_rows.examples,
                 collate=collate,
                 batch_size=cfg.step_scheduler.local_batch_size,
-                dp_rank=info.rank,
-                dp_size=info.world_size,
+                dp_rank=job.dp.rank,
+                dp_size=job.dp.size,
             ),
             measure=measure_classification(loss_fn, len(train_rows.label_names)),
             summarize=summarize_classification,
@@ -46,7 +44,7 @@ def run(job: Job) -> None:
         evaluators.append(
             Evaluator(
                 validation.name,
-                lambda: validate(model, validation, device=info.device, dp_group=job.dp_group, autocast=job.autocast),
+                lambda: validate(model, validation, device=info.device, dp_group=job.dp.group, autocast=job.autocast),
             )
         )
     loop = build_loop(

@@ -12,6 +12,7 @@ from automodel.data.collate import CausalLMCollator
 from automodel.data.loader import validation_batches
 from automodel.data.prepare import load_sft
 from automodel.data.rows import SFTRows
+from automodel.distributed.mesh import dp_eval_sample_shard
 from automodel.distributed.ordering import everywhere
 from automodel.eval.generation import GenerationEvaluation, GenerationScores
 from automodel.eval.validation import Validation, measure_loss, validate
@@ -19,7 +20,6 @@ from automodel.logs import get_logger
 from automodel.models.hf import pad_token_id
 from automodel.recipes.assembly import Job, as_text, build, build_loop, log_where_and_next, train_and_export
 from automodel.train.loop import Evaluator
-from automodel.train.rng import seed_everything
 
 log = get_logger(__name__)
 
@@ -37,11 +37,10 @@ def run(job: Job) -> None:
     source = build(cfg.model)
     tokenizer = everywhere(source.load_tokenizer)
     train_rows, validation_rows = everywhere(lambda: _load_rows(job, source, tokenizer))
-    seed_everything(cfg.rng.seed)
-    model = job.parallelize(everywhere(lambda: source.build(tokenizer)))
+    model = job.build_model(lambda: source.build(tokenizer), task="CAUSAL_LM")
 
     loss_fn = build(cfg.loss_fn)
-    collate = CausalLMCollator(pad_token_id(tokenizer))
+    collate = CausalLMCollator(pad_token_id(tokenizer), job.strategy.length_multiple)
     scores: list[GenerationScores] = []
     evaluators: list[Evaluator] = []
     if validation_rows is not None:
@@ -94,8 +93,8 @@ class _Evaluator:
                 rows.examples,
                 collate=collate,
                 batch_size=job.cfg.step_scheduler.local_batch_size,
-                dp_rank=job.dist_info.rank,
-                dp_size=job.dist_info.world_size,
+                dp_rank=job.dp.rank,
+                dp_size=job.dp.size,
             ),
             measure=measure_loss(loss_fn),
         )
@@ -104,7 +103,7 @@ class _Evaluator:
         """Return the validation record's entries, and append to ``scores`` what generation gave."""
         job = self.job
         record = validate(
-            self.model, self.validation, device=job.dist_info.device, dp_group=job.dp_group, autocast=job.autocast
+            self.model, self.validation, device=job.dist_info.device, dp_group=job.dp.group, autocast=job.autocast
         )
         if self.generation is None:
             return record
@@ -113,9 +112,9 @@ class _Evaluator:
                 self.model,
                 self.tokenizer,
                 prompts=self.rows.prompts,
-                is_sharded=job.strategy.is_sharded,
+                sample_shard=dp_eval_sample_shard(job.strategy, job.dp.rank, job.dp.size),
                 device=job.dist_info.device,
-                dp_group=job.dp_group,
+                dp_group=job.dp.group,
             )
         )
         return record | scores[-1].metrics()

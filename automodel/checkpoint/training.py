@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from automodel.distributed.megatron_fsdp import describe_uneven_shards
 from automodel.distributed.ordering import run_on_main
+from automodel.distributed.wrappers import is_megatron_fsdp
 from automodel.logs import get_logger
 from automodel.types import UserError
 
@@ -126,7 +128,13 @@ def load_checkpoint(folder: Path, state: TrainState) -> tuple[dict[str, Any], di
     except dcp.api.CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
         raise UserError(f"checkpoint.resume={folder} does not fit this model: {first}") from error
-    set_state_dict(state.model, state.optimizer, model_state_dict=app["model"], optim_state_dict=app["optimizer"])
+    set_state_dict(
+        _named_model(state.model),
+        state.optimizer,
+        model_state_dict=app["model"],
+        optim_state_dict=app["optimizer"],
+        options=_options(state.model),
+    )
     state.lr_scheduler.load_state_dict(app["lr_scheduler"])
     return progress, pickle.loads(app[own_rng]) if own_rng in app else None
 
@@ -177,8 +185,26 @@ def _newest_complete(folder: Path) -> Path | None:
 
 
 def _app_state(state: TrainState) -> dict[str, Any]:
-    model, optimizer = get_state_dict(state.model, state.optimizer)
-    return {"model": model, "optimizer": optimizer, "lr_scheduler": state.lr_scheduler.state_dict()}
+    model, optimizer = get_state_dict(_named_model(state.model), state.optimizer, options=_options(state.model))
+    app = {"model": model, "optimizer": optimizer, "lr_scheduler": state.lr_scheduler.state_dict()}
+    if is_megatron_fsdp(state.model):
+        describe_uneven_shards(app)
+    return app
+
+
+def _options(model: nn.Module) -> StateDictOptions:
+    """Return what a checkpoint holds: the weights that are trained alone, where others are frozen."""
+    has_frozen = any(not parameter.requires_grad for parameter in model.parameters())
+    return StateDictOptions(
+        flatten_optimizer_state_dict=True,  # by parameter, not by group, which other layouts may cut otherwise
+        ignore_frozen_params=has_frozen,
+        strict=not has_frozen,
+    )
+
+
+def _named_model(model: nn.Module) -> nn.Module:
+    """Return the module that gives every weight the same name whatever the strategy; torch's own are seen through."""
+    return model.module if is_megatron_fsdp(model) else model
 
 
 def _make_empty(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ def cross_checks(cfg: Config, env: Mapping[str, str] = os.environ) -> list[str]:
     """Return every problem found with the whole of ``cfg``, a line each."""
     checks: tuple[Callable[[Config], Iterator[str]], ...] = (
         _check_backend,
+        _check_strategy,
+        _check_adapters,
         _check_model,
         _check_datasets,
         _check_evaluation,
@@ -48,18 +51,63 @@ def _check_world(cfg: Config, env: Mapping[str, str]) -> Iterator[str]:
         yield f"launch.nproc_per_node={cfg.launch['nproc_per_node']} must be at least 1"
         return
     world_size = world_size_of(cfg, env)
-    replicas = cfg.distributed.get("dp_replicate_size", 1)
-    if replicas < 1 or world_size % replicas:
-        yield f"distributed.dp_replicate_size={replicas} must divide the number of ranks, {world_size}"
+    tp_size, replicas = (cfg.distributed.get(key, 1) for key in ("tp_size", "dp_replicate_size"))
+    if not (_is_count(tp_size) and _is_count(replicas)):
+        return  # told with the options of the strategy
+    if world_size % tp_size:
+        yield f"distributed.tp_size={tp_size} must divide the number of ranks, {world_size}"
+        return
+    dp_size = world_size // tp_size
+    if dp_size % replicas:
+        ranks = "ranks" if tp_size == 1 else f"data-parallel ranks ({world_size} / tp_size {tp_size})"
+        yield f"distributed.dp_replicate_size={replicas} must divide the number of {ranks}, {dp_size}"
     steps = cfg.step_scheduler
-    unit = steps.local_batch_size * world_size
+    unit = steps.local_batch_size * dp_size
     if steps.global_batch_size % unit:
         below = steps.global_batch_size // unit * unit
         choices = " or ".join(str(size) for size in (below, below + unit) if size)
         yield (
             f"step_scheduler.global_batch_size={steps.global_batch_size} is not divisible by local_batch_size "
-            f"{steps.local_batch_size} x data-parallel size {world_size}; use {choices}"
+            f"{steps.local_batch_size} x data-parallel size {dp_size}; use {choices}"
         )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_strategy(cfg: Config) -> Iterator[str]:
+    options = cfg.distributed
+    for key in ("tp_size", "dp_replicate_size", "num_prefetched_layers"):
+        value = options.get(key, 1)
+        if isinstance(value, int) and value < 1:
+            yield f"distributed.{key}={value} must be at least 1"
+    if options.get("sequence_parallel") and options.get("tp_size") == 1:
+        yield "distributed.sequence_parallel=true splits what tensor parallel leaves whole: set distributed.tp_size"
+    if options.get("shard_optimizer_over_replicas"):
+        if options.get("dp_replicate_size") == 1:
+            yield "distributed.shard_optimizer_over_replicas=true needs replicas: set distributed.dp_replicate_size"
+        if options.get("zero_stage") != 3:
+            yield "distributed.shard_optimizer_over_replicas=true needs distributed.zero_stage=3"
+    if str(options.get("_target_")).endswith(".MegatronFSDP") and find_spec("megatron_fsdp") is None:
+        yield "distributed=megatron_fsdp needs the package megatron-fsdp: pip install 'automodel[megatron]'"
+
+
+def _check_adapters(cfg: Config) -> Iterator[str]:
+    adapters = cfg.peft
+    if adapters is None:
+        return
+    for key in ("rank", "alpha"):
+        value = adapters.get(key, 1)
+        if isinstance(value, int | float) and value <= 0:
+            yield f"peft.{key}={value} must be more than 0"
+    dropout = adapters.get("dropout", 0)
+    if isinstance(dropout, int | float) and not 0 <= dropout < 1:
+        yield f"peft.dropout={dropout} must lie in [0, 1)"
+    if adapters.get("use_dora") and cfg.distributed.get("tp_size", 1) != 1:
+        yield "peft.use_dora=true needs the norms of whole weights, which distributed.tp_size splits: use peft=lora"
+    if str(cfg.model.get("_target_")).endswith((".DemoModel", ".ScratchModel")):
+        yield "peft trains adapters on pretrained weights, and this model has fresh ones: choose model=hf, or peft=none"
 
 
 def _environment_problem(env: Mapping[str, str]) -> str | None:

@@ -29,6 +29,7 @@ class DDP:
 
     name = "ddp"
     is_sharded = False
+    length_multiple = 1
 
     def build_mesh(self, dist_info: DistInfo) -> DeviceMesh:
         """Return the mesh of replicas; every rank must call it."""
@@ -50,6 +51,9 @@ class DDP:
         return DistributedDataParallel(
             model, device_ids=device_ids, gradient_as_bucket_view=True, **{sync_buffers: False}
         )
+
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """Leave ``optimizer`` as it is."""
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
         """Return the context of a forward: mixed precision with the weights kept as they are."""

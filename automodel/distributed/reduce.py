@@ -48,9 +48,14 @@ def sum_losses(
 
 
 def all_reduce_sum_(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> None:
-    """Sum ``tensor`` in place over ``group``.
+    """Sum ``tensor`` in place over ``group``; nothing is done without one."""
+    all_reduce_(tensor, group, dist.ReduceOp.SUM)
+
+
+def all_reduce_(tensor: torch.Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType) -> None:
+    """Reduce ``tensor`` in place over ``group``.
 
     Alone there is nothing to send, which matters on mps, whose tensors gloo cannot take.
     """
     if group is not None and dist.get_world_size(group) > 1:
-        dist.all_reduce(tensor, group=group)
+        dist.all_reduce(tensor, op=op, group=group)

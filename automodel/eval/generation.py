@@ -50,40 +50,69 @@ class GenerationEvaluation:
         tokenizer: PreTrainedTokenizerBase,
         *,
         prompts: Sequence[Prompt],
-        is_sharded: bool,
+        sample_shard: tuple[int, int] | None,
         device: torch.device,
         dp_group: dist.ProcessGroup,
     ) -> GenerationScores:
         """Generate and score; every rank must call it with the same prompts.
 
+        What one rank fails at is raised on every rank, or, where the ranks generate together, ends the run.
+
         Args:
             model: as trained, perhaps wrapped.
-            is_sharded: the ranks hold parts of the weights, so that they must generate in lockstep.
+            sample_shard: what ``dp_eval_sample_shard`` gave: this rank's own share of the prompts, or None where
+                the ranks of ``dp_group`` share them out too but must generate in lockstep.
             device: where the model computes.
         """
         import torch.distributed as dist
 
+        from automodel.distributed.ordering import everywhere
+
         rank, size = dist.get_rank(dp_group), dist.get_world_size(dp_group)
+        is_alone = sample_shard is not None
         prompts = prompts[: self.num_rows]
-        generator = getattr(model, "module", model)
-        was_training = generator.training
-        generator.eval()
-        answers: list[tuple[int, str]] = []
-        try:
-            # A rank that has no row left in a round generates along for its first rows, unscored.
-            for start in range(0, len(prompts), self.batch_size * size):
-                first = start + rank * self.batch_size
-                chosen = range(first, min(first + self.batch_size, len(prompts)))
-                if not chosen and not is_sharded:
-                    continue
-                ids = [prompts[i].prompt_ids for i in chosen or range(1)]
-                texts = self._generate(generator, tokenizer, ids, device=device, in_lockstep=is_sharded and size > 1)
-                answers += zip(chosen, texts, strict=False)
-        finally:
-            generator.train(was_training)
+
+        def answer() -> list[tuple[int, str]]:
+            return self._answer(model, tokenizer, prompts, share=(rank, size), is_alone=is_alone, device=device)
+
+        answers = everywhere(answer) if is_alone else answer()
         gathered: list[Any] = [None] * size
         dist.all_gather_object(gathered, answers, group=dp_group)
         return self._score(prompts, dict(pair for part in gathered for pair in part))
+
+    def _answer(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        *,
+        share: tuple[int, int],
+        is_alone: bool,
+        device: torch.device,
+    ) -> list[tuple[int, str]]:
+        """Return (index, answer) for this rank's share of the prompts."""
+        from automodel.distributed.wrappers import is_megatron_fsdp, unwrap
+
+        rank, size = share
+        generator = unwrap(model)
+        was_training = generator.training
+        generator.eval()
+        if is_megatron_fsdp(model):
+            model.start_param_sync()  # as its own forward would, which generate() does not come through
+        answers: list[tuple[int, str]] = []
+        try:
+            for start in range(0, len(prompts), self.batch_size * size):
+                first = start + rank * self.batch_size
+                chosen = range(first, min(first + self.batch_size, len(prompts)))
+                if not chosen and is_alone:
+                    continue
+                # Where the ranks go together, one that has no row left in a round generates along, unscored.
+                ids = [prompts[i].prompt_ids for i in chosen or range(1)]
+                texts = self._generate(generator, tokenizer, ids, device=device, in_lockstep=not is_alone and size > 1)
+                answers += zip(chosen, texts, strict=False)
+        finally:
+            generator.train(was_training)
+        return answers
 
     def _generate(
         self,

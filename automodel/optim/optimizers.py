@@ -11,13 +11,19 @@ if TYPE_CHECKING:
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Split the trained parameters: matrices decay as configured; norms, biases and other vectors never do."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2]},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    """Split the trained parameters: matrices decay as configured; norms, biases and other vectors never do.
+
+    Parameters of different meshes (some tensor parallel, some not) get groups of their own: the optimizers' fused
+    kernels take those of one mesh at a time.
+    """
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            key = (parameter.ndim >= 2, getattr(parameter, "device_mesh", None))
+            groups.setdefault(key, []).append(parameter)
+    matrices = [{"params": group} for (decays, _), group in groups.items() if decays]
+    vectors = [{"params": group, "weight_decay": 0.0} for (decays, _), group in groups.items() if not decays]
+    return matrices + vectors
 
 
 def adamw(
@@ -39,10 +45,13 @@ def adamw(
 def sgd(
     params: Sequence[dict[str, Any]], *, lr: float = 1e-3, momentum: float = 0.0, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
-    """Build stochastic gradient descent, fused where torch has a fused kernel for the device."""
+    """Build stochastic gradient descent, fused where torch has a fused kernel for the device and the sharding."""
     import torch
+    from torch.distributed.tensor import DTensor
 
-    return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=_has_fused_kernel(params))
+    is_sharded = any(isinstance(parameter, DTensor) for group in params for parameter in group["params"])
+    is_fused = _has_fused_kernel(params) and not is_sharded  # unlike AdamW's, SGD's fused kernel takes no DTensor
+    return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=is_fused)
 
 
 def _has_fused_kernel(params: Sequence[dict[str, Any]]) -> bool:

@@ -10,7 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from automodel.distributed.gradients import clip_coefficient, mean_scale, scale_gradients_, total_grad_norm
+from automodel.distributed.gradients import (
+    clip_coefficient,
+    mean_scale,
+    num_ranks_averaged,
+    scale_gradients_,
+    total_grad_norm,
+    zero_gradients,
+)
 from automodel.distributed.reduce import sum_losses
 from automodel.distributed.sync import get_sync_ctx
 from automodel.types import IGNORE_INDEX
@@ -106,7 +113,8 @@ def train_step(
     loss_sum = sum_losses(losses, device=config.device, dp_group=config.dp_group)
     counts_ready.wait()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    scale = mean_scale(counts[0], dist.get_world_size(config.dp_group)).to(config.device)
+    num_averaged = num_ranks_averaged(model, dist.get_world_size(config.dp_group))
+    scale = mean_scale(counts[0], num_averaged).to(config.device)
     grad_norm = total_grad_norm(parameters) * scale
     # Undoing the wrapper's average, dividing by the tokens and clipping are one pass over the gradients.
     scale_gradients_(parameters, scale * clip_coefficient(grad_norm, config.clip_norm))
@@ -115,7 +123,7 @@ def train_step(
     num_label_tokens, num_tokens, num_stop_requests = counts.tolist()
     if num_label_tokens:
         _step_unless(optimizer, is_bad)
-    optimizer.zero_grad(set_to_none=True)
+    zero_gradients(model, optimizer)
     return StepResult(loss_sum, grad_norm, DeferredFlag(is_bad), num_label_tokens, num_tokens, num_stop_requests)
 
 

@@ -7,6 +7,7 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 
@@ -34,7 +35,7 @@ class RankPool:
         for pipe in self._pipes:
             pipe.send((function, args))
         outcomes = [pipe.recv() for pipe in self._pipes]
-        for rank, (result, failure) in enumerate(outcomes):
+        for rank, (_, failure) in enumerate(outcomes):
             if failure is not None:
                 raise AssertionError(f"rank {rank} failed:\n{failure}")
         return [result for result, _ in outcomes]
@@ -54,7 +55,8 @@ def _serve(rank: int, world_size: int, store: str, pipe: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    timeout = timedelta(seconds=120)  # a hang becomes a failure that names its line
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout)
     while (job := pipe.recv()) is not None:
         function, args = job
         try:

@@ -87,7 +87,7 @@ def collectives(strategy: str, num_micro_batches: int, defer: bool) -> dict[str,
                 self.calls[str(function).split(".")[1]] += 1
             return function(*args, **(kwargs or {}))
 
-    model, _ = parallel_model(strategy)
+    model, _, _ = parallel_model(strategy)
     ids = torch.arange(8).reshape(1, 8)
     with Counting() as counting:
         for index in range(num_micro_batches):
@@ -122,7 +122,7 @@ def test_ddp_reduces_once_a_step_whatever_defer_says(two_ranks, defer):
 def sync_state_after_failure() -> list[bool]:
     from torch.distributed.fsdp import FSDPModule
 
-    model, _ = parallel_model("fsdp2")
+    model, _, _ = parallel_model("fsdp2")
     try:
         with get_sync_ctx(model, False, True):
             raise KeyError("a failing forward")

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 
 from automodel.data.collate import CausalLMCollator
@@ -49,27 +48,31 @@ def plain_reference(rows: list[dict], clip_norm: float | None) -> tuple[float, f
 def one_step(
     strategy_name: str, num_rows: int, masked: tuple[int, ...], local: int, accumulation: int, defer: bool, clip: float
 ) -> tuple[float, float, dict[str, torch.Tensor]]:
-    model, strategy = parallel_model(strategy_name)
-    size = dist.get_world_size()
+    model, _, dp = parallel_model(strategy_name)
     loader = TrainLoader(
         uneven_rows(num_rows, masked=masked),
         collate=CausalLMCollator(0),
-        global_batch_size=local * size * accumulation,
+        global_batch_size=local * dp.size * accumulation,
         local_batch_size=local,
-        dp_rank=dist.get_rank(),
-        dp_size=size,
+        dp_rank=dp.rank,
+        dp_size=dp.size,
         seed=0,
     )
-    config = StepConfig(torch.device("cpu"), dist.group.WORLD, defer, clip, nullcontext)
+    config = StepConfig(torch.device("cpu"), dp.group, defer, clip, nullcontext)
     catcher = GradientCatcher(model)
     (micro_batches,) = loader.epoch(0)
     result = train_step(model, micro_batches, loss_fn=CrossEntropy(), optimizer=catcher, config=config)
     return (result.loss_sum / result.num_label_tokens).item(), result.grad_norm.item(), catcher.caught
 
 
+LAYOUTS = {
+    1: ("ddp", "fsdp2"),
+    2: ("ddp", "fsdp2", "tp2", "tp2 sequence"),
+    4: ("ddp", "fsdp2", "hsdp", "tp2", "tp2 sequence", "hsdp x tp2"),
+}
 CASES = [
     (world, strategy, accumulation, defer)
-    for world, strategies in {1: ("ddp", "fsdp2"), 2: ("ddp", "fsdp2"), 4: ("ddp", "fsdp2", "hsdp")}.items()
+    for world, strategies in LAYOUTS.items()
     for strategy in strategies
     for accumulation in (1, 3)
     for defer in (True, False)
@@ -78,8 +81,9 @@ CASES = [
 
 @pytest.mark.parametrize(("world", "strategy", "accumulation", "defer"), CASES)
 def test_gradients_equal_one_plain_process(ranks, world, strategy, accumulation, defer):
-    local = 12 // (world * accumulation) or 1
-    size = local * world * accumulation
+    dp_size = world // 2 if "tp2" in strategy else world
+    local = 12 // (dp_size * accumulation) or 1
+    size = local * dp_size * accumulation
     check(ranks, (strategy, size, (1,), local, accumulation, defer, None), world)
 
 

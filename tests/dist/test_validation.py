@@ -23,7 +23,7 @@ from tests.dist.tiny import parallel_model, tiny_llama, uneven_rows
 
 
 def validated(strategy: str, num_rows: int, batch_size: int) -> dict[str, float]:
-    model, _ = parallel_model(strategy)
+    model, _, _ = parallel_model(strategy)
     model.train()
     validation = Validation(
         "validation",

@@ -7,10 +7,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from automodel.distributed.ddp import DDP
 from automodel.distributed.dist_info import DistInfo
 from automodel.distributed.fsdp2 import FSDP2
+from automodel.distributed.megatron_fsdp import MegatronFSDP, whole_tensor
+from automodel.distributed.mesh import DataParallel, data_parallel
+from tests.dist import cuda_streams
 
 VOCAB = 48
 
@@ -43,19 +47,39 @@ def cpu_info() -> DistInfo:
     return DistInfo("gloo", dist.get_rank(), dist.get_world_size(), torch.device("cpu"), dist.get_rank() == 0)
 
 
-def strategy_named(name: str) -> DDP | FSDP2:
-    return {"ddp": DDP(), "fsdp2": FSDP2(), "hsdp": FSDP2(dp_replicate_size=2)}[name]
+STRATEGIES = {
+    "ddp": DDP(),
+    "fsdp2": FSDP2(),
+    "hsdp": FSDP2(dp_replicate_size=2),
+    "zero1": MegatronFSDP(zero_stage=1),
+    "zero2": MegatronFSDP(zero_stage=2),
+    "zero3": MegatronFSDP(zero_stage=3),
+    "zero1 x 2": MegatronFSDP(zero_stage=1, dp_replicate_size=2),
+    "zero3 x 2": MegatronFSDP(zero_stage=3, dp_replicate_size=2),
+    "zero3 x 2 outer": MegatronFSDP(zero_stage=3, dp_replicate_size=2, shard_optimizer_over_replicas=True),
+    "tp2": FSDP2(tp_size=2),
+    "tp2 sequence": FSDP2(tp_size=2, sequence_parallel=True),
+    "hsdp x tp2": FSDP2(tp_size=2, dp_replicate_size=2),
+}
 
 
-def parallel_model(name: str, *, tied: bool = True) -> tuple[Any, Any]:
-    strategy, info = strategy_named(name), cpu_info()
+def parallel_model(name: str, *, tied: bool = True, model: nn.Module | None = None) -> tuple[Any, Any, DataParallel]:
+    """Return the tiny Llama (or ``model``) under a strategy, the strategy, and this rank's place in it."""
+    strategy, info = STRATEGIES[name], cpu_info()
+    if name.startswith("zero"):
+        cuda_streams.install()
     mesh = strategy.build_mesh(info)
-    return strategy.parallelize(tiny_llama(tied=tied), dist_info=info, mesh=mesh), strategy
+    model = tiny_llama(tied=tied) if model is None else model
+    return strategy.parallelize(model, dist_info=info, mesh=mesh), strategy, data_parallel(mesh)
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """Return the whole of a tensor that may be sharded, evenly or not; every rank must call it."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return whole_tensor(tensor) if hasattr(tensor, "__fsdp_param__") else tensor.full_tensor()
 
 
 def clean_name(name: str) -> str:
+    """Return the name of a parameter without the prefix of a wrapper."""
     return name.removeprefix("module.")

@@ -39,7 +39,7 @@ WRONG = [
     ("optimiser.lr=1", "did you mean optimizer.lr?"),
     ("optimizer.learning_rate=1", "optimizer.learning_rate is not a known key"),
     ("distribute=fsdp2", "did you mean distributed?"),
-    ("distributed=fsdp", "distributed=fsdp: no such option; there are: ddp, fsdp2; did you mean fsdp2?"),
+    ("distributed=fsdp", "distributed=fsdp: no such option; there are: ddp, fsdp2, megatron_fsdp; did you mean fsdp2?"),
     ("recipe=llm_sff", "did you mean llm_sft?"),
     ("modle=hf", "did you mean model"),
     ("logger=[jsonl,wandbb]", "logger=wandbb: no such option"),
@@ -47,8 +47,18 @@ WRONG = [
     ("distributed.reshard_after_forward=false", "is not an option of DDP; distributed=fsdp2 has it"),
     ("distributed.dp_replicate_size=2", "distributed=fsdp2 has it"),
     ("distributed=fsdp2 distributed.dp_replicate_size=2", "distributed.dp_replicate_size=2 must divide"),
-    ("distributed=megatron_fsdp", "not available in this version"),
-    ("peft=lora", "peft=lora is not available in this version"),
+    ("distributed=fsdp2 distributed.tp_size=3", "distributed.tp_size=3 must divide the number of ranks, 1"),
+    ("distributed=fsdp2 distributed.tp_size=0", "distributed.tp_size=0 must be at least 1"),
+    ("distributed.tp_size=2", "distributed.tp_size is not an option of DDP; distributed=fsdp2 has it"),
+    ("distributed.zero_stage=2", "distributed.zero_stage is not an option of DDP; distributed=megatron_fsdp has it"),
+    ("distributed=fsdp2 distributed.sequence_parallel=true", "set distributed.tp_size"),
+    ("distributed=megatron_fsdp distributed.zero_stage=4", "distributed.zero_stage=4 must be one of 1, 2 or 3"),
+    ("distributed=megatron_fsdp distributed.shard_optimizer_over_replicas=true", "set distributed.dp_replicate_size"),
+    ("peft=lora", "this model has fresh ones: choose model=hf"),
+    ("peft=qlora", "not available in this version"),
+    ("peft=lora peft.rank=0", "peft.rank=0 must be more than 0"),
+    ("peft=lora peft.dropout=1.5", "peft.dropout=1.5 must lie in [0, 1)"),
+    ("peft=dora distributed=fsdp2 distributed.tp_size=2 launch.nproc_per_node=2", "use peft=lora"),
     ("recipe=llm_dpo", "not available in this version"),
     ("packing.enabled=true", "packing.enabled is not available in this version"),
     ("launch=slurm", "launch=slurm is not available in this version"),
@@ -152,6 +162,7 @@ def test_an_empty_file_and_a_folder_of_pickles_are_told(tmp_path):
 REQUIRED = {
     "model": {"hf": ["model.pretrained_model_name_or_path=org/name"], "scratch": ["model.tokenizer_name_or_path=a/b"]},
     "dataset": {"jsonl": ["dataset.path=pyproject.toml"], "hf": ["dataset.path=org/name"]},
+    "peft": {name: ["model=hf", "model.pretrained_model_name_or_path=a/b"] for name in ("lora", "dora")},
     "validation_dataset": {"jsonl": ["validation_dataset.path=pyproject.toml"], "hf": ["validation_dataset.path=a/b"]},
 }
 
@@ -280,6 +291,8 @@ def test_the_table_of_strategy_options_is_what_the_strategies_take():
     from automodel.capabilities import STRATEGY_OPTIONS
     from automodel.distributed.ddp import DDP
     from automodel.distributed.fsdp2 import FSDP2
+    from automodel.distributed.megatron_fsdp import MegatronFSDP
 
-    for strategy in (DDP, FSDP2):
+    assert set(STRATEGY_OPTIONS) == {strategy.name for strategy in (DDP, FSDP2, MegatronFSDP)}
+    for strategy in (DDP, FSDP2, MegatronFSDP):
         assert set(STRATEGY_OPTIONS[strategy.name]) == set(inspect.signature(strategy).parameters)
