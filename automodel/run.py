@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from automodel.config import Config, has_help, help_text, hydra_flags, load_config, sweep_jobs
 from automodel.launch.local import LocalLaunch
 from automodel.launch.run_id import default_run_id
-from automodel.launch.worker import die_with_launcher, is_worker, leave
+from automodel.launch.worker import die_with_launcher, is_worker, leave, tell_failure
 from automodel.logs import get_logger, setup_logging
 from automodel.types import ExitStatus, UserError
 
 if TYPE_CHECKING:
     from automodel.distributed.dist_info import DistInfo
+    from automodel.distributed.watchdog import Failure, Watchdog
     from automodel.loggers.rundir import RunDir
 
 log = get_logger("automodel.run")  # not __name__, which is __main__ under python -m
@@ -54,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run_recipe(cfg: Config) -> ExitStatus:
     """Run the recipe of ``cfg`` in this process, as one rank of its job, and return how it ended."""
     from automodel.distributed.dist_info import destroy_global_state, initialize_distributed
+    from automodel.distributed.watchdog import start_watchdog
     from automodel.train.rng import make_deterministic
 
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
@@ -66,6 +69,13 @@ def run_recipe(cfg: Config) -> ExitStatus:
         _tell(error)
         return ExitStatus.BAD_INPUT
     run_dir = None
+
+    def note_failure(failure: Failure) -> None:
+        if run_dir is not None and info.is_main:
+            ended = {"status": "failed", "error": f"rank {failure.rank}: {failure.error}"}
+            _close_run_dir(run_dir, ExitStatus.FAILED, ended)
+
+    watchdog = start_watchdog(info, cfg.dist_env.init_timeout_minutes, tell=tell_failure, before_exit=note_failure)
     try:
         run_dir, run_id = _open_run_dir(cfg, info)
         from automodel.recipes.assembly import Job  # brings in transformers, so only once the lock is ours
@@ -73,9 +83,11 @@ def run_recipe(cfg: Config) -> ExitStatus:
         _recipe_function(cfg)(Job(cfg, info, run_dir, run_id))
         status, ended = ExitStatus.DONE, {"status": "done"}
     except BaseException as error:
-        status, ended = _how_it_failed(error)
+        status, ended = _how_it_failed(error, watchdog)
     if run_dir is not None and info.is_main:
         _close_run_dir(run_dir, status, ended)
+    if watchdog is not None:
+        watchdog.leave()
     if status in (ExitStatus.DONE, ExitStatus.STOPPED):
         # After a failure a peer may be gone, and leaving the group together could wait for it.
         destroy_global_state()
@@ -115,7 +127,10 @@ def _recipe_function(cfg: Config) -> Any:
     return getattr(import_module(module_name), name)
 
 
-def _how_it_failed(error: BaseException) -> tuple[ExitStatus, dict[str, Any]]:
+def _how_it_failed(error: BaseException, watchdog: Watchdog | None) -> tuple[ExitStatus, dict[str, Any]]:
+    from automodel.distributed.dist_info import get_rank_safe
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, on account of a peer: it has its way soon
     from automodel.train.loop import RunStopped
 
     if isinstance(error, UserError):
@@ -125,17 +140,22 @@ def _how_it_failed(error: BaseException) -> tuple[ExitStatus, dict[str, Any]]:
         log.info("%s%s", error, "" if error.is_saved else "; checkpoint.enabled=false, so nothing was saved")
         status = ExitStatus.STOPPED if error.is_saved else ExitStatus.FAILED
         return status, {"status": "stopped", "step": error.step}
-    if _is_echo(error):
-        # A peer failed first: its traceback is the one to read, so let it come, and do not bury it.
+    first = watchdog.failure() if watchdog is not None else None
+    if _is_echo(error) or first is not None:
+        # A peer failed first: its words are the ones to read, so let them come, and do not bury them.
         time.sleep(2)
-        print(f"rank {os.environ.get('RANK', '0')} lost a peer: {str(error).splitlines()[0]}", file=sys.stderr)
-        return ExitStatus.FAILED, {"status": "failed", "error": "a peer was lost"}
+        first = watchdog.failure() if watchdog is not None else None
+        what = f"rank {first.rank}: {first.error}" if first else "a peer was lost"
+        if first is None:
+            print(f"rank {get_rank_safe()} lost a peer: {str(error).splitlines()[0]}", file=sys.stderr)
+        return ExitStatus.FAILED, {"status": "failed", "error": what}
+    what = f"{type(error).__name__}: {error}"
+    if watchdog is not None:
+        watchdog.fail(what)
     _record_for_agent(error)
-    if isinstance(error, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-    else:
-        traceback.print_exception(error)
-    return ExitStatus.FAILED, {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+    is_interrupt = isinstance(error, KeyboardInterrupt)
+    tell_failure("interrupted" if is_interrupt else "".join(traceback.format_exception(error)))
+    return ExitStatus.FAILED, {"status": "failed", "error": what}
 
 
 def _is_echo(error: BaseException) -> bool:

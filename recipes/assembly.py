@@ -25,6 +25,7 @@ from automodel.data.loader import TrainLoader
 from automodel.distributed.dist_info import DistInfo
 from automodel.distributed.mesh import DataParallel, Strategy, data_parallel
 from automodel.distributed.ordering import collective_timeout, everywhere, run_on_main
+from automodel.distributed.watchdog import mark
 from automodel.loggers.fanout import MetricSink, open_loggers
 from automodel.loggers.rundir import RunDir, environment_record
 from automodel.logs import add_log_file, get_logger
@@ -66,6 +67,7 @@ class Job:
 
         Then data-parallel ranks draw random numbers of their own.
         """
+        mark("loading the model")
         adapters = build(self.cfg.peft)
         seed_everything(self.cfg.rng.seed)
         model = everywhere(load if adapters is None else lambda: adapters.apply(load(), task=task))
@@ -95,6 +97,7 @@ def build_loop(
     Writes ``config.yaml`` and ``run.json``, opens the loggers and prints the plan: from here on the input is
     known to be good. Every rank must call it.
     """
+    mark("building the loop")
     cfg, info = job.cfg, job.dist_info
     loader = TrainLoader(
         rows,
@@ -163,6 +166,7 @@ def train_and_export(job: Job, loop: TrainLoop, *, tokenizer: PreTrainedTokenize
             log.info("nothing to train: step %d is the last", loop.steps.step)
         loop.run()
         if job.cfg.export.enabled:
+            mark("exporting the model")
             minutes = job.cfg.dist_env
             with collective_timeout(minutes.init_timeout_minutes, then_minutes=minutes.timeout_minutes):
                 export_model(loop.model, tokenizer, folder=job.run_dir.model_dir)

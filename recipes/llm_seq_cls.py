@@ -11,6 +11,7 @@ from automodel.data.loader import validation_batches
 from automodel.data.prepare import load_classification
 from automodel.data.rows import ClassificationRows
 from automodel.distributed.ordering import everywhere
+from automodel.distributed.watchdog import mark
 from automodel.eval.validation import Validation, measure_classification, summarize_classification, validate
 from automodel.models.hf import pad_token_id
 from automodel.recipes.assembly import Job, build, build_loop, log_where_and_next, train_and_export
@@ -20,6 +21,7 @@ from automodel.train.loop import Evaluator
 def run(job: Job) -> None:
     """Train, validate and export as ``job.cfg`` says; every rank must call it."""
     cfg, info = job.cfg, job.dist_info
+    mark("loading the rows")
     source = build(cfg.model)
     tokenizer = everywhere(source.load_tokenizer)
     train_rows, validation_rows = everywhere(lambda: _load_rows(job, source, tokenizer))

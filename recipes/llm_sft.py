@@ -14,6 +14,7 @@ from automodel.data.prepare import load_sft
 from automodel.data.rows import SFTRows
 from automodel.distributed.mesh import dp_eval_sample_shard
 from automodel.distributed.ordering import everywhere
+from automodel.distributed.watchdog import mark
 from automodel.eval.generation import GenerationEvaluation, GenerationScores
 from automodel.eval.validation import Validation, measure_loss, validate
 from automodel.logs import get_logger
@@ -34,6 +35,7 @@ _NEXT_AFTER_DEMO = (
 def run(job: Job) -> None:
     """Train, validate and export as ``job.cfg`` says; every rank must call it."""
     cfg = job.cfg
+    mark("loading the rows")
     source = build(cfg.model)
     tokenizer = everywhere(source.load_tokenizer)
     train_rows, validation_rows = everywhere(lambda: _load_rows(job, source, tokenizer))

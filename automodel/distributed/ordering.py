@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from automodel.distributed.watchdog import set_stall_limit
 from automodel.types import UserError
 
 T = TypeVar("T")
@@ -40,7 +41,11 @@ def run_on_main(action: Callable[[], T]) -> T:
 
 
 def set_collective_timeout(timeout_minutes: float) -> None:
-    """Set how long the collectives of the main process group may take from now on; every rank should call it."""
+    """Set how long the collectives of the main process group may take from now on; every rank should call it.
+
+    The watchdog tells of a stall shortly before that.
+    """
+    set_stall_limit(timeout_minutes)
     dist.distributed_c10d._set_pg_timeout(timedelta(minutes=timeout_minutes), dist.group.WORLD)
 
 

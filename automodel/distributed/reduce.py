@@ -47,6 +47,16 @@ def sum_losses(
     return loss_sum
 
 
+def wait_for(work: dist.Work) -> None:
+    """Wait until a collective started earlier is done; here, so that a watchdog sees that it is a wait."""
+    work.wait()
+
+
+def read(scalar: torch.Tensor) -> float:
+    """Return the value of a tensor, waiting for the device that computes it."""
+    return scalar.item()
+
+
 def all_reduce_sum_(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> None:
     """Sum ``tensor`` in place over ``group``; nothing is done without one."""
     all_reduce_(tensor, group, dist.ReduceOp.SUM)

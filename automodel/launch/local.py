@@ -16,11 +16,11 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from automodel.launch.run_id import default_run_id
-from automodel.launch.worker import LAUNCHER_PID, STATUS_DIR
+from automodel.launch.worker import LAUNCHER_PID, STATUS_DIR, first_failure
 from automodel.types import ExitStatus
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
     from torch.distributed.launcher.api import LaunchConfig
 
 FORWARDED = "SIGTERM,SIGHUP,SIGQUIT,SIGUSR1"
@@ -55,8 +55,7 @@ class LocalLaunch:
                 with _interrupts(folder):
                     agent.elastic_launch(self._agent_config(folder, run_id), sys.executable)("-m", module, *argv)
             except ChildFailedError as error:
-                rank, failure = error.get_first_failure()
-                _tell(f"rank {rank} {_what_happened(failure)}; the run is ended")
+                _tell_what_failed(folder, error)
                 return ExitStatus.FAILED
             except SignalException as error:
                 _tell(f"stopped by {error.sigval.name}")
@@ -99,6 +98,18 @@ def _status_of(folder: Path, *, if_none: ExitStatus) -> int:
         if status in written:
             return status
     return if_none
+
+
+def _tell_what_failed(folder: Path, error: ChildFailedError) -> None:
+    """Say which rank failed first; what a rank had to say of it comes last on the screen."""
+    rank, failure = error.get_first_failure()
+    told = first_failure(folder)
+    if told is None or failure.exitcode < 0:
+        _tell(f"rank {rank} {_what_happened(failure)}; the run is ended")
+    if told is not None:
+        teller, text = told
+        _tell(f"the run is ended; in the words of rank {teller}:")
+        print(text.rstrip(), file=sys.stderr, flush=True)
 
 
 def _what_happened(failure: ProcessFailure) -> str:

@@ -33,6 +33,26 @@ def die_with_launcher() -> None:
         os._exit(1)
 
 
+def tell_failure(text: str) -> None:
+    """Show what went wrong on this rank: under our launcher at the end of the whole run, else at once.
+
+    What is told first counts; the rest only follows from it.
+    """
+    folder = os.environ.get(STATUS_DIR)
+    if folder and Path(folder).is_dir():
+        file = Path(folder) / f"failure-{os.environ.get('RANK', '0')}"
+        if not file.exists():
+            file.write_text(text)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def first_failure(folder: Path) -> tuple[int, str] | None:
+    """Return (rank, text) of the failure told first under ``folder``, or None."""
+    told = sorted(folder.glob("failure-*"), key=lambda path: path.stat().st_mtime_ns)
+    return (int(told[0].name.rpartition("-")[2]), told[0].read_text()) if told else None
+
+
 def leave(status: int) -> NoReturn:
     """End this process with ``status`` at once.
 

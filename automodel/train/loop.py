@@ -12,6 +12,8 @@ import torch
 
 from automodel.checkpoint.training import Checkpointer, TrainState
 from automodel.distributed.ordering import collective_timeout, set_collective_timeout
+from automodel.distributed.reduce import read
+from automodel.distributed.watchdog import mark
 from automodel.loggers.fanout import MetricSink
 from automodel.logs import get_logger, progress
 from automodel.train.meter import Meter
@@ -97,6 +99,7 @@ class TrainLoop:
             for epoch, steps_done in self.steps.remaining_epochs():
                 batches = iter(self.epoch_batches(epoch, steps_done))
                 while True:
+                    mark("training", step=self.steps.step + 1)
                     with self.meter.training():
                         micro_batches = next(batches, None)
                         if micro_batches is None or self.steps.is_last_step:
@@ -112,6 +115,7 @@ class TrainLoop:
 
     def evaluate(self) -> None:
         """Run every evaluator and log its record; every rank must call it."""
+        mark("evaluating", step=self.steps.step)
         for evaluator in self.evaluators:
             result = evaluator.run()
             record = {"kind": "validation", "name": evaluator.name, "step": self.steps.step}
@@ -146,7 +150,7 @@ class TrainLoop:
         self._unread = None
         if not result.is_bad.read():
             return
-        what = f"step {step}: loss sum {result.loss_sum.item()}, gradient norm {result.grad_norm.item()}"
+        what = f"step {step}: loss sum {read(result.loss_sum)}, gradient norm {read(result.grad_norm)}"
         if self.on_non_finite == "skip":
             log.warning("%s; not finite, so no weight was changed (on_non_finite=skip)", what)
             return
@@ -156,14 +160,14 @@ class TrainLoop:
         raise NonFiniteError(f"{what}; not finite, so no weight was changed. This rank's batch is in {dump}")
 
     def _log(self, result: StepResult, lr: float) -> None:
-        loss = result.loss_sum.item() / max(1, result.num_label_tokens)
+        loss = read(result.loss_sum) / max(1, result.num_label_tokens)
         self._last_loss = loss
         record = {
             "kind": "train",
             "step": self.steps.step,
             "epoch": self.steps.epoch,
             "loss": loss,
-            "grad_norm": result.grad_norm.item(),
+            "grad_norm": read(result.grad_norm),
             "lr": lr,
             "num_label_tokens": result.num_label_tokens,
             "num_tokens": result.num_tokens,
@@ -192,6 +196,7 @@ class TrainLoop:
             raise RunStopped(self.steps.step, is_saved=self.checkpointer is not None)
 
     def _save(self) -> None:
+        mark("saving", step=self.steps.step)
         facts = self.resume_facts | {"step": self.steps.step, "metrics_size": self.metrics_size()}
         state = TrainState(self.model, self.optimizer, self.lr_scheduler)
         folder = self.checkpointer.save(state, progress=facts, rng=rng_state())

@@ -18,7 +18,7 @@ from automodel.distributed.gradients import (
     total_grad_norm,
     zero_gradients,
 )
-from automodel.distributed.reduce import sum_losses
+from automodel.distributed.reduce import read, sum_losses, wait_for
 from automodel.distributed.sync import get_sync_ctx
 from automodel.types import IGNORE_INDEX
 
@@ -60,7 +60,7 @@ class DeferredFlag:
         """Wait until the flag is there, and return it."""
         if self._event is not None:
             self._event.synchronize()
-        return bool(self._value.item())
+        return bool(read(self._value))
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def train_step(
         losses.append(loss_sum.detach())
 
     loss_sum = sum_losses(losses, device=config.device, dp_group=config.dp_group)
-    counts_ready.wait()
+    wait_for(counts_ready)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     num_averaged = num_ranks_averaged(model, dist.get_world_size(config.dp_group))
     scale = mean_scale(counts[0], num_averaged).to(config.device)
@@ -148,5 +148,5 @@ def _step_unless(optimizer: torch.optim.Optimizer, is_bad: torch.Tensor) -> None
         optimizer.found_inf = is_bad
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf
-    elif not is_bad.item():
+    elif not read(is_bad):
         optimizer.step()

@@ -60,3 +60,15 @@ def install() -> None:
     cuda.empty_cache = lambda: None
     torch.Tensor.cuda = lambda tensor, *args, **options: tensor
     torch.Tensor.record_stream = lambda tensor, stream: None
+    import megatron_fsdp.param_and_grad_buffer as buffers
+
+    # The package frees buffers in the order of its streams. Without them a collective must be done when the call is,
+    # or gloo's threads write into memory that has been freed.
+    coalesce = buffers._coalescing_manager
+    if not getattr(coalesce, "is_synchronous", False):
+
+        def synchronous(group: Any = None, device: Any = None, async_ops: bool = False) -> Any:
+            return coalesce(group, device, async_ops=False)
+
+        synchronous.is_synchronous = True
+        buffers._coalescing_manager = synchronous

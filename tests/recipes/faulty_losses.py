@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 
 import torch
@@ -37,3 +39,43 @@ class Slow(CrossEntropy):
     def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         time.sleep(0.1)
         return super().__call__(model, batch)
+
+
+class OnLastRankAtEighthCall(CrossEntropy):
+    """Does something fatal on one rank alone, in the eighth micro-batch of training."""
+
+    calls = 0
+
+    def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        type(self).calls += model.training
+        if type(self).calls == 8 and model.training and dist.get_rank() == dist.get_world_size() - 1:
+            self.go_wrong()
+        return super().__call__(model, batch)
+
+    def go_wrong(self) -> None:
+        """Do it."""
+
+
+class Raises(OnLastRankAtEighthCall):
+    def go_wrong(self) -> None:
+        raise ValueError("this rank went wrong on purpose")
+
+
+class Exits(OnLastRankAtEighthCall):
+    def go_wrong(self) -> None:
+        os._exit(0)
+
+
+class Killed(OnLastRankAtEighthCall):
+    def go_wrong(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Sleeps(OnLastRankAtEighthCall):
+    def go_wrong(self) -> None:
+        time.sleep(600)
+
+
+class Stopped(OnLastRankAtEighthCall):
+    def go_wrong(self) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
