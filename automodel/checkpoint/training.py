@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from automodel.distributed.megatron_fsdp import describe_uneven_shards
 from automodel.distributed.ordering import run_on_main
-from automodel.distributed.wrappers import is_megatron_fsdp
+from automodel.distributed.wrappers import is_megatron_fsdp, unwrap
 from automodel.logs import get_logger
 from automodel.types import UserError
 
@@ -135,7 +135,10 @@ def load_checkpoint(folder: Path, state: TrainState) -> tuple[dict[str, Any], di
         optim_state_dict=app["optimizer"],
         options=_options(state.model),
     )
-    state.lr_scheduler.load_state_dict(app["lr_scheduler"])
+    saved = app["lr_scheduler"]
+    for key in ("base_lrs", "_last_lr"):  # one for each parameter group, all alike; another layout may cut more groups
+        saved[key] = saved[key][:1] * len(state.optimizer.param_groups)
+    state.lr_scheduler.load_state_dict(saved)
     return progress, pickle.loads(app[own_rng]) if own_rng in app else None
 
 
@@ -186,6 +189,9 @@ def _newest_complete(folder: Path) -> Path | None:
 
 def _app_state(state: TrainState) -> dict[str, Any]:
     model, optimizer = get_state_dict(_named_model(state.model), state.optimizer, options=_options(state.model))
+    for name, parameter in unwrap(state.model).named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            model.pop(name, None)  # the second name of a tied weight, which torch does not know to be frozen
     app = {"model": model, "optimizer": optimizer, "lr_scheduler": state.lr_scheduler.state_dict()}
     if is_megatron_fsdp(state.model):
         describe_uneven_shards(app)
