@@ -6,20 +6,23 @@ import sys
 from difflib import get_close_matches
 from importlib import import_module
 
-VERBS = {"run": "train, as a recipe and the configuration say"}
+VERBS = {
+    "run": "train, as a recipe and the configuration say",
+    "check_parity": "train a few steps in one process and in your layout, and compare",
+}
 
 
 def main() -> None:
     """Hand the command line to the module of its verb."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print("automodel VERB [key=value ...]\n\nVerbs")
-        print("\n".join(f"  {verb:<10}{meaning}" for verb, meaning in VERBS.items()))
+        print("\n".join(f"  {verb:<14}{meaning}" for verb, meaning in VERBS.items()))
         return
-    verb = sys.argv[1]
+    verb = sys.argv[1].replace("-", "_")
     if verb not in VERBS:
         near = get_close_matches(verb, VERBS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        print(f"error: {verb} is not a verb; there are: {', '.join(VERBS)}{hint}", file=sys.stderr)
+        print(f"error: {sys.argv[1]} is not a verb; there are: {', '.join(VERBS)}{hint}", file=sys.stderr)
         sys.exit(2)
     import_module(f"automodel.{verb}").main(sys.argv[2:])
 

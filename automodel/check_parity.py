@@ -1,0 +1,358 @@
+"""``python -m automodel.check_parity``: run a configuration in one process and in its own layout, and compare.
+
+So that anybody can see on their own model and rows that the layout changes nothing but the speed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from automodel.config import Config, has_help, hydra_flags, load_config, sweep_jobs
+from automodel.config.command_line import compose_command_line
+from automodel.config.names import did_you_mean
+from automodel.launch.worker import LAUNCHER_PID, is_worker
+from automodel.types import ExitStatus, UserError
+
+USAGE = """python -m automodel.check_parity [key=value of a run ...] [parity.num_steps=3] [parity.tolerance=1e-5]
+
+Trains the first steps twice, once in one process and once in the layout of the command line, and compares the loss
+and the gradient norm of every step and the weights after the last. Nothing is kept of either run.
+
+Keys
+  parity.num_steps=3       optimizer steps of each run
+  parity.tolerance=1e-5    largest relative difference that passes
+
+Example
+  python -m automodel.check_parity launch.nproc_per_node=2 distributed=fsdp2 step_scheduler.local_batch_size=8
+
+Both runs compute in float32 unless distributed.mixed_precision is set, at a constant learning rate, without validation,
+checkpoints and adapter dropout. Status 0: within the tolerance; 1: above it, or a run failed; 2: wrong input. Two
+exported models go to the temporary folder for a while; TMPDIR chooses another place.
+All other keys: python -m automodel.run --help"""
+
+_METRICS = {"loss": "loss", "grad_norm": "gradient norm"}
+_REFERENCE, _LAYOUT = "reference", "layout"
+_NUM_LAST_LINES = 30
+
+
+class CheckFailed(Exception):
+    """A run failed, or the two cannot be compared."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the ``parity.*`` keys say."""
+
+    num_steps: int = 3
+    tolerance: float = 1e-5
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A relative difference between the runs, and where it was found."""
+
+    figure: float
+    where: str
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compare the layouts of the command line ``argv`` (default: this process's) and leave with the status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if has_help(argv):
+        print(USAGE)
+        return
+    try:
+        limits, cfg, sets_precision = read_command_line(argv)
+        configs, notes = both_configs(cfg, num_steps=limits.num_steps, sets_precision=sets_precision)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the run in progress is ended too
+        with tempfile.TemporaryDirectory(prefix="automodel-parity-") as name:
+            status = _check(configs, notes, limits=limits, folder=Path(name))
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        status = ExitStatus.BAD_INPUT
+    except CheckFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        status = ExitStatus.FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = ExitStatus.FAILED
+    sys.exit(status)
+
+
+def read_command_line(argv: list[str]) -> tuple[Limits, Config, bool]:
+    """Return the limits, the configuration of the run, and whether the command line chooses the precision.
+
+    Raises:
+        UserError: with every problem of the whole command line, or because this is one rank of a job.
+    """
+    if is_worker(os.environ):
+        raise UserError(
+            "check_parity starts the processes of both runs itself, and this one was started as a rank of a job "
+            "(RANK or SLURM_STEP_ID is in the environment): start it once, outside torchrun and srun"
+        )
+    own = [arg for arg in argv if _key(arg).split(".")[0] == "parity"]
+    rest = [arg for arg in argv if arg not in own]
+    limits, problems = _limits(own)
+    if sweep_jobs(rest) is not None or hydra_flags(rest):
+        raise UserError("check_parity compares one configuration: leave out -m, --cfg and the like", *problems)
+    try:
+        cfg = load_config(rest)
+    except UserError as error:
+        raise UserError(*problems, *error.problems) from None
+    if problems:
+        raise UserError(*problems)
+    sets_precision = cfg.distributed.get("mixed_precision") != "auto" or any(
+        _key(arg) == "distributed.mixed_precision" for arg in rest
+    )
+    return limits, cfg, sets_precision
+
+
+def _key(arg: str) -> str:
+    return arg.partition("=")[0].lstrip("+~")
+
+
+def _limits(own: list[str]) -> tuple[Limits, list[str]]:
+    readers: dict[str, tuple[Callable[[str], float], str]] = {
+        "parity.num_steps": (int, "a whole number of at least 1"),
+        "parity.tolerance": (float, "a number more than 0"),
+    }
+    values, problems = {}, []
+    for arg in own:
+        key, _, text = arg.lstrip("+").partition("=")
+        if key not in readers:
+            problems.append(
+                f"{key} is not a known key{did_you_mean(key, readers) or '; there are: ' + ', '.join(readers)}"
+            )
+            continue
+        read, expected = readers[key]
+        try:
+            value = read(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < math.inf:
+            problems.append(f"{key}={text} must be {expected}")
+        values[key.partition(".")[2]] = value
+    return Limits(**values), problems
+
+
+def both_configs(cfg: Config, *, num_steps: int, sets_precision: bool) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return the plain configuration of either run, by its name, and what to tell about them.
+
+    Raises:
+        UserError: the layout is the reference itself.
+    """
+    (ours,) = compose_command_line(["lr_scheduler=constant", "lr_scheduler.warmup_ratio=0"]).trees
+    layout, notes = cfg.model_dump(by_alias=True), []
+    layout["step_scheduler"] |= {
+        "max_steps": num_steps, "log_every_steps": 1, "val_every_steps": None, "ckpt_every_steps": None,
+    }  # fmt: skip
+    layout["checkpoint"] |= {"enabled": False, "resume": "never"}
+    layout["export"]["enabled"] = True
+    layout |= {"validation_dataset": None, "evaluation": None, "logger": ours["logger"]}
+    # Squeezed into so few steps, a schedule would begin or end near 0, and the weights would show nothing.
+    layout["lr_scheduler"] = ours["lr_scheduler"]
+    if layout["peft"] and layout["peft"].get("dropout"):
+        notes.append(f"peft.dropout={layout['peft']['dropout']} is 0 here: ranks draw random numbers of their own")
+        layout["peft"]["dropout"] = 0.0
+    if not sets_precision:
+        layout["distributed"]["mixed_precision"] = "float32"
+    precision = layout["distributed"].get("mixed_precision", "float32")
+    reference = layout | {
+        "distributed": ours["distributed"] | {"mixed_precision": precision},
+        "launch": ours["launch"],
+    }
+    notes.insert(0, f"precision: distributed.mixed_precision={precision}, model.dtype={layout['model'].get('dtype')}")
+    if reference["distributed"] == layout["distributed"] and layout["launch"].get("nproc_per_node", 1) == 1:
+        raise UserError(
+            "there is nothing to compare: this command line runs in one process with distributed=ddp, which is the "
+            "reference itself; add launch.nproc_per_node=2 or so, and distributed=fsdp2 for example"
+        )
+    return {_REFERENCE: reference, _LAYOUT: layout}, notes
+
+
+def _check(configs: dict[str, dict[str, Any]], notes: list[str], *, limits: Limits, folder: Path) -> ExitStatus:
+    for name, tree in configs.items():
+        _run(name, tree, folder)
+    steps, weights = compare(folder / _REFERENCE, folder / _LAYOUT)
+    num_steps = len(steps["loss"])
+    print(f"\n{_shown(configs[_LAYOUT])} compared with {_shown(configs[_REFERENCE])}, over {num_steps} steps")
+    if num_steps < limits.num_steps:
+        epochs = configs[_LAYOUT]["step_scheduler"]["num_epochs"]
+        notes = [*notes, f"steps: the rows give no more in step_scheduler.num_epochs={epochs}"]
+    print("\n".join(notes), end="\n\n")
+    _print_table(steps, weights)
+    found = []
+    for key, differences in steps.items():
+        above = [each for each in differences if each.figure > limits.tolerance]
+        if above:
+            found.append(f"{_METRICS[key]}: from {above[0].where} on, where it differs by {above[0].figure:.1e}")
+    if weights.figure > limits.tolerance:
+        found.append(f"weights: {weights.where} differs by {weights.figure:.1e} after step {num_steps}")
+    if not found:
+        print(f"\npassed: every difference is within parity.tolerance={limits.tolerance:g}")
+        return ExitStatus.DONE
+    print(f"\nfailed: above parity.tolerance={limits.tolerance:g}", *found, sep="\n  ")
+    hints = _hints(configs[_LAYOUT], folder / _LAYOUT / "model", only_weights=found[0].startswith("weights"))
+    print("what can make layouts differ without a fault", *hints, sep="\n  ", flush=True)
+    return ExitStatus.FAILED
+
+
+def _shown(tree: dict[str, Any]) -> str:
+    num_processes = tree["launch"].get("nproc_per_node", 1)
+    strategy = tree["distributed"]["_target_"].rpartition(".")[2]
+    return f"{num_processes} process{'es' if num_processes > 1 else ''} with {strategy}"
+
+
+def _run(name: str, tree: dict[str, Any], folder: Path) -> None:
+    """Run ``tree`` to its end, with its output kept out of sight unless it fails."""
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree | {"output_dir": str(folder / name)}))
+    command = ["-m", "automodel.run", "--config-path", str(folder), "--config-name", name]
+    # No run id or status folder of a launcher's; by its number, the run dies with this process.
+    env = {key: value for key, value in os.environ.items() if not key.startswith("AUTOMODEL_")}
+    env[LAUNCHER_PID] = str(os.getpid())
+    print(f"{name}: {_shown(tree)} ...", end="", flush=True)
+    started, log = time.monotonic(), folder / f"{name}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            process_group=0,  # a Ctrl-C reaches it through this process alone, and so once
+        )
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
+    print(f" {time.monotonic() - started:.0f} s" if status == 0 else f" ended with status {status}", flush=True)
+    lines = log.read_text(errors="replace").splitlines()
+    problems = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if status == ExitStatus.BAD_INPUT and problems:
+        raise UserError(*problems)
+    if status:
+        last = "\n".join(f"  {line}" for line in lines[-_NUM_LAST_LINES:])
+        raise CheckFailed(f"the {name} run ({_shown(tree)}) ended with status {status}; its last lines:\n{last}")
+
+
+def compare(reference: Path, layout: Path) -> tuple[dict[str, list[Difference]], Difference]:
+    """Return, of two run directories, the differences of every step by metric, and the largest of the weights.
+
+    Raises:
+        CheckFailed: the steps, or the names or shapes of the weights, are not the same.
+    """
+    records = [_train_records(folder / "metrics.jsonl") for folder in (reference, layout)]
+    numbers = [[record["step"] for record in each] for each in records]
+    if numbers[0] != numbers[1]:
+        raise CheckFailed(f"the reference run took the steps {numbers[0]}, and the layout {numbers[1]}")
+    steps = {
+        key: [
+            Difference(relative_difference(one[key], other[key]), f"step {one['step']}")
+            for one, other in zip(*records, strict=True)
+        ]
+        for key in _METRICS
+    }
+    return steps, compare_weights(reference / "model", layout / "model")
+
+
+def relative_difference(expected: float | None, got: float | None) -> float:
+    """Return |got - expected| / |expected|; infinite where one is not a number (null in the metrics file)."""
+    if expected is None or got is None:
+        return math.inf
+    if got == expected:
+        return 0.0
+    return abs(got - expected) / abs(expected) if expected else math.inf
+
+
+def compare_weights(reference: Path, layout: Path) -> Difference:
+    """Return the largest difference of a tensor between two folders of safetensors, and the tensor's name.
+
+    For each tensor: the L2 norm of the difference over the L2 norm of the reference, in float64.
+    """
+    import torch
+    from safetensors import safe_open
+
+    places = [_places(folder) for folder in (reference, layout)]
+    if places[0].keys() != places[1].keys() or not places[0]:
+        names = sorted(places[0].keys() ^ places[1].keys())
+        raise CheckFailed(f"the runs did not write the same weights; only one has: {', '.join(names[:5]) or 'any'}")
+    largest = Difference(-1.0, "")
+    for name in sorted(places[0]):
+        tensors = []
+        for place in places:
+            with safe_open(place[name], framework="pt") as file:
+                tensors.append(file.get_tensor(name).to(torch.float64))
+        expected, got = tensors
+        if expected.shape != got.shape:
+            raise CheckFailed(f"{name} is of shape {list(expected.shape)} in the reference, and {list(got.shape)}")
+        difference, norm = (float(torch.linalg.vector_norm(each)) for each in (got - expected, expected))
+        figure = difference / norm if norm else (math.inf if difference else 0.0)
+        if math.isnan(figure):
+            return Difference(math.inf, name)
+        largest = max(largest, Difference(figure, name), key=lambda each: each.figure)
+    return largest
+
+
+def _places(folder: Path) -> dict[str, Path]:
+    """Return the file of every tensor in ``folder``."""
+    from safetensors import safe_open
+
+    places = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            places |= dict.fromkeys(file.keys(), path)
+    return places
+
+
+def _train_records(path: Path) -> list[dict[str, Any]]:
+    return [record for record in map(json.loads, path.read_text().splitlines()) if record["kind"] == "train"]
+
+
+def _print_table(steps: dict[str, list[Difference]], weights: Difference) -> None:
+    rows = {_METRICS[key]: max(found, key=lambda each: each.figure) for key, found in steps.items()}
+    print(f"{'':<17}{'largest relative difference':<29}at")
+    for name, difference in (rows | {"updated weights": weights}).items():
+        print(f"{name:<17}{difference.figure:<29.1e}{difference.where if difference.figure else '-'}")
+
+
+def _hints(tree: dict[str, Any], model_folder: Path, *, only_weights: bool) -> list[str]:
+    """Return what to look at, what applies for certain first."""
+    hints = []
+    if tree["distributed"].get("mixed_precision") != "float32" or tree["model"].get("dtype") == "bfloat16":
+        hints.append("bf16 keeps three digits: compare with distributed.mixed_precision=float32 model.dtype=float32")
+    if only_weights and tree["optimizer"]["_target_"].endswith(".adamw"):
+        hints.append("AdamW moves a weight whose gradient is rounding noise as far as any: compare with optimizer=sgd")
+    rates = _dropout_rates(model_folder / "config.json")
+    found = f", here {', '.join(rates)}" if rates else ""
+    hints.append(
+        f"dropout in the model{found}: ranks draw numbers of their own; set it to 0 in the model's config.json"
+    )
+    hints.append("an attention kernel that sums in another order: compare with model.attn_implementation=eager")
+    return hints
+
+
+def _dropout_rates(config: Path) -> list[str]:
+    if not config.is_file():  # of adapters, which have no configuration of the model beside them
+        return []
+    values = json.loads(config.read_text()).items()
+    return [f"{key}={value}" for key, value in values if ("drop" in key) and isinstance(value, float) and value > 0]
+
+
+if __name__ == "__main__":
+    main()
