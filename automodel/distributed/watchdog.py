@@ -312,8 +312,9 @@ def stall_message(reports: Sequence[Report], *, mute: Sequence[int]) -> str:
         groups[report.place, report.stack].append(report)
     for (place, stack), members in groups.items():
         hosts = sorted({f"{member.host} pid {member.pid}" for member in members})
-        verb = "waits" if members[0].is_waiting else "is late"
-        lines += [f"{_ranks([member.rank for member in members])} ({', '.join(hosts)}) {verb} in {place}:", stack]
+        state = "waiting" if members[0].is_waiting else "late"
+        lines += [f"{_ranks([member.rank for member in members])} ({', '.join(hosts)}), {state} in {place}:"]
+        lines += [stack.rstrip()]
     return "\n".join(lines)
 
 

@@ -1,0 +1,128 @@
+"""Saving, going on, exporting and answering under every strategy, MegatronFSDP above all."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from automodel.checkpoint.export import export_model
+from automodel.checkpoint.training import Checkpointer, TrainState, load_checkpoint
+from automodel.data.collate import CausalLMCollator
+from automodel.data.loader import TrainLoader
+from automodel.eval.generation import GenerationEvaluation
+from automodel.losses.cross_entropy import CrossEntropy
+from automodel.models.char_tokenizer import build_char_tokenizer
+from automodel.optim.optimizers import adamw, parameter_groups
+from automodel.train.step import StepConfig, train_step
+from tests.dist.tiny import clean_name, full, parallel_model, uneven_rows
+
+
+def steps(strategy: str, folder: str, *, first: int, last: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Train steps ``first`` to ``last``, from the checkpoint before the first where there is one, and save."""
+    model, layout, dp = parallel_model(strategy)
+    optimizer = adamw(parameter_groups(model), lr=1e-2)
+    layout.prepare_optimizer(optimizer, model)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    state = TrainState(model, optimizer, schedule)
+    if first:
+        progress, _ = load_checkpoint(Path(folder) / f"step_{first:08d}", state)
+        assert progress["step"] == first
+    loader = TrainLoader(uneven_rows(48), collate=CausalLMCollator(0), global_batch_size=8, local_batch_size=2,
+                         dp_rank=dp.rank, dp_size=dp.size, seed=0)  # fmt: skip
+    config = StepConfig(torch.device("cpu"), dp.group, True, 1.0, nullcontext)
+    losses = []
+    for micro_batches in list(loader.epoch(0))[first:last]:
+        result = train_step(model, micro_batches, loss_fn=CrossEntropy(), optimizer=optimizer, config=config)
+        schedule.step()
+        losses.append((result.loss_sum / result.num_label_tokens).item())
+    weights = {clean_name(name): full(p).detach().clone() for name, p in model.named_parameters()}
+    Checkpointer(Path(folder), keep_last=None).save(state, progress={"step": last}, rng={})
+    return losses, weights
+
+
+@pytest.mark.parametrize(("strategy", "then"), [("zero3", "zero3"), ("zero1", "zero3"), ("zero3", "fsdp2"),
+                                                ("ddp", "zero2")])  # fmt: skip
+def test_it_goes_on_in_its_own_and_in_another_layout(two_ranks, tmp_path, strategy, then):
+    ((losses, weights), _) = two_ranks.run(steps_of, strategy, str(tmp_path / "whole"), 0, 6)
+    two_ranks.run(steps_of, strategy, str(tmp_path / "parts"), 0, 3)
+    ((rest, got), _) = two_ranks.run(steps_of, then, str(tmp_path / "parts"), 3, 6)
+    assert rest == pytest.approx(losses[3:], rel=1e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(got[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def steps_of(strategy: str, folder: str, first: int, last: int) -> Any:
+    return steps(strategy, folder, first=first, last=last)
+
+
+def exported(strategy: str, folder: str) -> torch.Tensor:
+    model, _, _ = parallel_model(strategy)
+    export_model(model, build_char_tokenizer(), folder=Path(folder))
+    dist.barrier()
+    with torch.no_grad():
+        return model(input_ids=torch.arange(8).reshape(1, 8), use_cache=False).logits
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+def test_its_export_loads_to_the_same_logits(two_ranks, tmp_path, strategy):
+    from transformers import AutoModelForCausalLM
+
+    logits, _ = two_ranks.run(exported, strategy, str(tmp_path / "model"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        got = model(input_ids=torch.arange(8).reshape(1, 8)).logits
+    torch.testing.assert_close(got, logits, rtol=1e-5, atol=1e-6)
+
+
+def answers(strategy: str) -> list[tuple[str, str, str]]:
+    from automodel.data.rows import Prompt
+    from automodel.distributed import dp_eval_sample_shard
+
+    model, layout, dp = parallel_model(strategy)
+    prompts = [Prompt(prompt_ids=[3 + i, 4, 5 + i], question=str(i), answer="x", kind=None) for i in range(5)]
+    scores = GenerationEvaluation(batch_size=1, max_new_tokens=4, num_samples=5).run(
+        model, build_char_tokenizer(), prompts=prompts, sample_shard=dp_eval_sample_shard(layout, dp.rank, dp.size),
+        device=torch.device("cpu"), dp_group=dp.group,
+    )  # fmt: skip
+    return scores.samples
+
+
+@pytest.mark.parametrize(("world", "strategy"), [(2, "ddp"), (2, "fsdp2"), (2, "zero1"), (2, "zero3"), (4, "hsdp"),
+                                                 (4, "tp2 sequence")])  # fmt: skip
+def test_generated_answers_do_not_depend_on_the_layout(ranks, world, strategy):
+    ((*expected,),) = ranks[1].run(answers, "ddp")
+    assert len(expected) == 5
+    for got in ranks[world].run(answers, strategy):
+        assert got == expected
+
+
+def failing_answers() -> str:
+    from automodel.distributed.ordering import PeerError
+
+    class Broken(GenerationEvaluation):
+        def _generate(self, *args: Any, **options: Any) -> list[str]:
+            if dist.get_rank() == 1:
+                raise KeyError("no such token")
+            return super()._generate(*args, **options)
+
+    from automodel.data.rows import Prompt
+
+    model, _, dp = parallel_model("ddp")
+    prompts = [Prompt(prompt_ids=[3], question="", answer="", kind=None)] * 4
+    try:
+        Broken(batch_size=1, max_new_tokens=2).run(
+            model, build_char_tokenizer(), prompts=prompts, sample_shard=(dp.rank, dp.size), device=torch.device("cpu"),
+            dp_group=dp.group,
+        )  # fmt: skip
+    except (PeerError, KeyError) as error:
+        return str(error)
+    return ""
+
+
+def test_what_one_rank_fails_at_while_answering_reaches_all(two_ranks):
+    assert all("no such token" in told for told in two_ranks.run(failing_answers))
