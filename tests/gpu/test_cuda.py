@@ -18,8 +18,31 @@ SHORT = ["evaluation=loss", "validation_dataset.limit=64", "dataset.limit=640", 
          "step_scheduler.log_every_steps=1"]  # fmt: skip
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+STRATEGIES = ["ddp", "fsdp2", "megatron_fsdp"]
+
+
+def require_package(strategy: str) -> None:
+    if strategy == "megatron_fsdp":
+        pytest.importorskip("megatron_fsdp")
+
+
+@pytest.mark.parametrize("options", [["ddp"], ["fsdp2"], *(["megatron_fsdp", f"zero_stage={n}"] for n in (1, 2, 3))])
+def test_every_strategy_equals_the_plain_step(tmp_path: Path, options: list[str]):
+    require_package(options[0])
+    chosen = [f"distributed={options[0]}", *(f"distributed.{option}" for option in options[1:])]
+    layouts = {"plain": ["distributed=ddp", "dist_env.backend=gloo"], "cuda": chosen}
+    for name, layout in layouts.items():
+        run(*SHORT, *layout, "distributed.mixed_precision=float32", "step_scheduler.local_batch_size=8",
+            f"output_dir={tmp_path}/{name}")  # fmt: skip
+    for one, other in zip(records(tmp_path / "plain"), records(tmp_path / "cuda"), strict=True):
+        # float32 with other kernels, over ten steps from fresh weights
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_bf16_follows_float32(tmp_path: Path, strategy: str):
+    require_package(strategy)
     for precision in ("float32", "bf16"):
         run(*SHORT, f"distributed={strategy}", f"distributed.mixed_precision={precision}",
             f"output_dir={tmp_path}/{precision}")  # fmt: skip
@@ -39,8 +62,9 @@ def test_the_step_equals_the_cpus(tmp_path: Path):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_resumed_run_goes_on(tmp_path: Path, strategy: str):
+    require_package(strategy)
     argv = [*SHORT, f"distributed={strategy}", "rng.deterministic=true", "step_scheduler.ckpt_every_steps=5"]
     run(*argv, f"output_dir={tmp_path}/run")
     whole = [record["loss"] for record in records(tmp_path / "run")]
