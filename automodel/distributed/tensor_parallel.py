@@ -52,16 +52,15 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, sequence_parall
     """
     base = model.get_base_model() if is_peft_model(model) else model
     plan = _plan_of(base, mesh.size())
-    is_tied = base.get_output_embeddings() is not None and _weight(base.get_output_embeddings()) is _weight(
-        base.get_input_embeddings()
-    )
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    is_tied = head is not None and head.weight is embeddings.weight
     sequence = _Sequence()
     for name, module in base.named_modules():
         style = _style_of(name, plan)
         if style is not None:
             _parallelize(name, module, style, mesh, sequence)
     if is_tied:
-        _set_weight(base.get_output_embeddings(), _weight(base.get_input_embeddings()))
+        head.weight = embeddings.weight
     if sequence_parallel:
         _split_sequence(base, plan, mesh, sequence)
 
@@ -189,11 +188,3 @@ def _split_sequence(base: nn.Module, plan: dict[str, str], mesh: DeviceMesh, seq
             elif any(True for _ in child.parameters()):
                 _compute_replicated(child, mesh, lambda: sequence.placement)
     layers[-1].register_forward_hook(lambda _, __, out: _redistribute(out, mesh, sequence.placement, Replicate()))
-
-
-def _weight(module: nn.Module) -> nn.Parameter:
-    return module.weight
-
-
-def _set_weight(module: nn.Module, weight: nn.Parameter) -> None:
-    module.weight = weight

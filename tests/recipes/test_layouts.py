@@ -109,6 +109,14 @@ OPTIONS = {
         "distributed.defer_grad_sync=false",
     ],
     "replicas": ["distributed=fsdp2", "distributed.dp_replicate_size=2"],
+    "tensor parallel": ["distributed=fsdp2", "distributed.tp_size=2", "distributed.sequence_parallel=true"],
+    "tensor parallel, all at once": [
+        "distributed=fsdp2",
+        "distributed.tp_size=2",
+        "distributed.cpu_offload=true",
+        "distributed.activation_checkpointing=true",
+    ],
+    "prefetch": ["distributed=fsdp2", "distributed.num_prefetched_layers=2", "optimizer=sgd"],
     "workers and sgd": [
         "dataloader.num_workers=2",
         "optimizer=sgd",
