@@ -159,11 +159,13 @@ def _how_it_failed(error: BaseException, watchdog: Watchdog | None) -> tuple[Exi
 
 
 def _is_echo(error: BaseException) -> bool:
-    """Return whether ``error`` is what a collective says when a peer has gone."""
+    """Return whether ``error`` only says that a peer has failed or gone."""
     import torch.distributed as dist
 
+    from automodel.distributed.ordering import PeerError
+
     gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
-    return isinstance(error, dist.DistError) or any(words in str(error) for words in gone)
+    return isinstance(error, (dist.DistError, PeerError)) or any(words in str(error) for words in gone)
 
 
 def _record_for_agent(error: BaseException) -> None:

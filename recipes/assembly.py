@@ -23,6 +23,7 @@ from automodel.checkpoint.training import Checkpointer, TrainState, load_checkpo
 from automodel.config import Config, masked, resolved_yaml
 from automodel.data.loader import TrainLoader
 from automodel.distributed.dist_info import DistInfo
+from automodel.distributed.first_rank import FirstRankPerNode
 from automodel.distributed.mesh import DataParallel, Strategy, data_parallel
 from automodel.distributed.ordering import collective_timeout, everywhere, run_on_main
 from automodel.distributed.watchdog import mark
@@ -61,6 +62,13 @@ class Job:
     @property
     def autocast(self) -> Callable[[], Any]:
         return partial(self.strategy.autocast, self.dist_info.device)
+
+    def load_tokenizer(self, source: Any) -> PreTrainedTokenizerBase:
+        """Download what the ``model`` section builds, once per node, and load its tokenizer on every rank."""
+        with FirstRankPerNode() as is_first:
+            if is_first:
+                source.download()
+            return source.load_tokenizer()
 
     def build_model(self, load: Callable[[], PreTrainedModel], *, task: Task) -> nn.Module:
         """Load the model on every rank, add the adapters of ``peft``, and wrap or shard it on its device.

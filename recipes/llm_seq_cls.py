@@ -23,7 +23,7 @@ def run(job: Job) -> None:
     cfg, info = job.cfg, job.dist_info
     mark("loading the rows")
     source = build(cfg.model)
-    tokenizer = everywhere(source.load_tokenizer)
+    tokenizer = job.load_tokenizer(source)
     train_rows, validation_rows = everywhere(lambda: _load_rows(job, source, tokenizer))
     model = job.build_model(lambda: source.build(tokenizer, label_names=train_rows.label_names), task="SEQ_CLS")
 

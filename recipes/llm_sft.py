@@ -37,7 +37,7 @@ def run(job: Job) -> None:
     cfg = job.cfg
     mark("loading the rows")
     source = build(cfg.model)
-    tokenizer = everywhere(source.load_tokenizer)
+    tokenizer = job.load_tokenizer(source)
     train_rows, validation_rows = everywhere(lambda: _load_rows(job, source, tokenizer))
     model = job.build_model(lambda: source.build(tokenizer), task="CAUSAL_LM")
 

@@ -11,6 +11,7 @@ from typing import Any
 from automodel.capabilities import CHAT_TEMPLATES
 from automodel.config.names import did_you_mean
 from automodel.config.schema import Config
+from automodel.environment import environment_problems
 
 BACKENDS = ("auto", "nccl", "gloo", "xccl", "ccl", "hccl", "mpi")
 
@@ -43,9 +44,9 @@ def world_size_of(cfg: Config, env: Mapping[str, str]) -> int:
 
 
 def _check_world(cfg: Config, env: Mapping[str, str]) -> Iterator[str]:
-    problem = _environment_problem(env)
-    if problem:
-        yield problem
+    problems = environment_problems(env)
+    if problems:
+        yield from problems
         return
     if cfg.launch.get("nproc_per_node", 1) < 1:
         yield f"launch.nproc_per_node={cfg.launch['nproc_per_node']} must be at least 1"
@@ -108,19 +109,6 @@ def _check_adapters(cfg: Config) -> Iterator[str]:
         yield "peft.use_dora=true needs the norms of whole weights, which distributed.tp_size splits: use peft=lora"
     if str(cfg.model.get("_target_")).endswith((".DemoModel", ".ScratchModel")):
         yield "peft trains adapters on pretrained weights, and this model has fresh ones: choose model=hf, or peft=none"
-
-
-def _environment_problem(env: Mapping[str, str]) -> str | None:
-    names = [name for name in ("RANK", "WORLD_SIZE") if name in env]
-    if len(names) == 1:
-        other = "WORLD_SIZE" if names == ["RANK"] else "RANK"
-        return f"the environment has {names[0]} without {other}; start with torchrun, or unset {names[0]}"
-    if len(names) == 2:
-        if not (env["RANK"].isdecimal() and env["WORLD_SIZE"].isdecimal()):
-            return f"RANK={env['RANK']} and WORLD_SIZE={env['WORLD_SIZE']} in the environment must be whole numbers"
-        if int(env["RANK"]) >= int(env["WORLD_SIZE"]):
-            return f"RANK={env['RANK']} in the environment is not below WORLD_SIZE={env['WORLD_SIZE']}"
-    return None
 
 
 def _check_backend(cfg: Config) -> Iterator[str]:

@@ -5,14 +5,33 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from automodel import environment
+from automodel.environment import environment_problems, number_from, slurm_exports
+from automodel.logs import get_logger
 from automodel.types import UserError
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
+
+log = get_logger(__name__)
+
+DESTROY_SEC = 20.0
+"""How long the end of the process group may take: a peer that hangs would hold it up for the collectives' time-out."""
+
+_device: tuple[dist.ProcessGroup, torch.device] | None = None
+"""The process group that was made here, and the device chosen for it."""
+_before_destroy: list[Callable[[], None]] = []
+_ending: threading.Thread | None = None
+"""The thread that ends, or last ended, a process group."""
 
 
 @dataclass(frozen=True)
@@ -36,76 +55,94 @@ class DistInfo:
 
 def get_rank_safe() -> int:
     """Return the global rank, from the process group or else the environment; 0 for a single process."""
-    return _from_group("get_rank", ("RANK", "SLURM_PROCID"), default=0)
+    return _from_group("get_rank", environment.RANK, default=0)
 
 
 def get_world_size_safe() -> int:
     """Return the number of ranks, from the process group or else the environment; 1 for a single process."""
-    return _from_group("get_world_size", ("WORLD_SIZE", "SLURM_NTASKS"), default=1)
+    return _from_group("get_world_size", environment.WORLD_SIZE, default=1)
 
 
 def get_local_rank_preinit() -> int:
     """Return this rank's number on its node, from the environment alone; usable before any process group."""
-    return _from_env(("LOCAL_RANK", "SLURM_LOCALID"), default=0)
+    return number_from(os.environ, environment.LOCAL_RANK, default=0)
 
 
 def get_local_world_size_preinit() -> int:
     """Return the number of ranks on this node, from the environment alone; usable before any process group."""
-    return _from_env(("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"), default=1)
+    return number_from(os.environ, environment.LOCAL_WORLD_SIZE, default=1)
 
 
-def initialize_distributed(backend: str, timeout_minutes: float = 1) -> DistInfo:
+def get_store() -> dist.Store | None:
+    """Return the store of the job's process group, or None where there is none; another thread must use a clone."""
+    import torch.distributed as dist
+
+    return dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+
+
+def initialize_distributed(
+    backend: str,
+    timeout_minutes: float = 1,
+    *,
+    init_method: str | None = None,
+    store: dist.Store | None = None,
+) -> DistInfo:
     """Join the job's process group, or make one of a single process, and choose this rank's device.
 
-    Every rank must call it. Calling it again returns the same facts. A single process needs neither
-    environment variables nor a network.
+    Every rank must call it. Calling it again returns the same facts; a group that something else has made is
+    taken as it is. A single process needs neither environment variables nor a network. In a SLURM step, torchrun's
+    variables are exported, so that other libraries find the same job.
 
     Args:
-        backend: ``auto`` (by device: cuda nccl, cpu and mps gloo, xpu xccl, hpu hccl) or a backend's name.
-        timeout_minutes: how long a collective may take.
+        backend: ``auto`` (torch's default by device: cuda nccl, cpu and mps gloo, xpu xccl, hpu and npu hccl, mlu
+            cncl) or a backend's name. Next to a device's backend there is always gloo for the CPU.
+        timeout_minutes: how long the ranks may take to come, and afterwards a collective.
+        init_method: a URL as ``torch.distributed.init_process_group`` takes it, instead of MASTER_ADDR and MASTER_PORT.
+        store: a store that all ranks share, likewise.
 
     Raises:
         UserError: the environment contradicts itself, or a backend does not suit the device.
+        StartError: some ranks did not come in time, or could not be connected.
     """
-    import torch
     import torch.distributed as dist
 
-    device = _choose_device(backend)
     if not dist.is_initialized():
-        spec = _backend_spec(backend, device)
-        rank, world_size = get_rank_safe(), get_world_size_safe()
-        if not 0 <= rank < world_size:
-            raise UserError(f"RANK={rank} does not fit WORLD_SIZE={world_size}")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        timeout = timedelta(minutes=timeout_minutes)
-        if world_size == 1:
-            # gloo looks its own host name up, which a laptop without a network may not resolve.
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_name())
-            dist.init_process_group(spec, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        else:
-            _require_rendezvous()
-            device_id = device if device.type == "cuda" else None
-            dist.init_process_group(spec, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id)
-    rank = dist.get_rank()
-    return DistInfo(_backend_in_use(device), rank, dist.get_world_size(), device, rank == 0)
+        has_own_way = init_method is not None or store is not None
+        problems = environment_problems(os.environ, needs_address=not has_own_way)
+        if not timeout_minutes > 0:
+            problems.append(f"timeout_minutes={timeout_minutes} must be more than 0")
+        if problems:
+            raise UserError(*problems)
+        os.environ.update(slurm_exports(os.environ))
+        device = _choose_device(backend)
+        _start_group(_backend_spec(backend, device), device, timeout_minutes, init_method, store)
+    return _facts()
+
+
+def before_destroy(callback: Callable[[], None]) -> None:
+    """Have ``destroy_global_state`` call ``callback`` before the group ends, the last one registered first.
+
+    For what must not outlive the group, such as communication buffers. A failure of it is logged and stops nothing.
+    """
+    _before_destroy.append(callback)
 
 
 def destroy_global_state() -> None:
-    """Leave the process group; safe to call twice, and not interrupted by Ctrl-C half-way."""
+    """Free DeepEP's buffers where there are any, then leave the process group.
+
+    Safe to call twice and from any thread; Ctrl-C does not interrupt it half-way. It returns after ``DESTROY_SEC`` at
+    the latest, also when a peer has died or hangs.
+    """
     import torch.distributed as dist
 
-    if not dist.is_initialized():
-        return
-    try:
-        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:  # not in the main thread, where no handler can be set
-        previous = None
-    try:
-        dist.destroy_process_group()
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGINT, previous)
+    global _device
+    with _no_interrupt():
+        while _before_destroy:
+            _try(_before_destroy.pop())
+        _try(_free_deep_ep_buffers)
+        if dist.is_initialized() and not (_ending is not None and _ending.is_alive()):
+            _end_group()
+        _device = None
 
 
 def _from_group(method: str, names: tuple[str, ...], *, default: int) -> int:
@@ -113,20 +150,7 @@ def _from_group(method: str, names: tuple[str, ...], *, default: int) -> int:
 
     if dist.is_available() and dist.is_initialized():
         return getattr(dist, method)()
-    return _from_env(names, default=default)
-
-
-def _from_env(names: tuple[str, ...], *, default: int) -> int:
-    for name in names:
-        value = os.environ.get(name)
-        # A batch script has SLURM's variables too, without being one of the ranks that srun starts.
-        if value is None or (name.startswith("SLURM_") and "SLURM_STEP_ID" not in os.environ):
-            continue
-        try:
-            return int(value)
-        except ValueError:
-            raise UserError(f"{name}={value!r} in the environment is not a whole number") from None
-    return default
+    return number_from(os.environ, names, default=default)
 
 
 def _choose_device(backend: str) -> torch.device:
@@ -146,37 +170,148 @@ def _choose_device(backend: str) -> torch.device:
     return torch.device(kind, local_rank)
 
 
-def _backend_spec(backend: str, device: torch.device) -> str | None:
-    by_device = {"cuda": "nccl", "cpu": "gloo", "mps": "gloo", "xpu": _xpu_backend(), "hpu": "hccl"}
-    name = by_device.get(device.type) if backend == "auto" else backend
-    if name == "nccl" and device.type != "cuda":
-        raise UserError("dist_env.backend=nccl needs a CUDA device and none is visible; use dist_env.backend=auto")
-    if name is None or device.type in ("cpu", "mps"):
-        return name
-    return f"cpu:gloo,{device.type}:{name}"
-
-
-def _xpu_backend() -> str:
+def _backend_spec(backend: str, device: torch.device) -> str:
+    """Return the backend for init_process_group; refuses one that is unknown, absent or made for another device."""
     import torch.distributed as dist
 
-    return "xccl" if getattr(dist, "is_xccl_available", lambda: False)() else "ccl"
+    name = backend
+    if backend == "auto":
+        try:
+            name = dist.get_default_backend_for_device(device.type)
+        except ValueError:
+            raise UserError(f"torch has no default backend for {device.type}: name one with dist_env.backend") from None
+        if name == "xccl" and not dist.is_xccl_available():
+            name = "ccl"
+    needs = {"nccl": ("cuda",), "xccl": ("xpu",), "hccl": ("hpu", "npu"), "cncl": ("mlu",)}.get(name)
+    if needs and device.type not in needs:
+        kinds = " or ".join("CUDA" if kind == "cuda" else kind for kind in needs)
+        told = f"dist_env.backend={name} needs a {kinds} device and none is visible"
+        raise UserError(f"{told}; use dist_env.backend=auto")
+    checks = {
+        "gloo": dist.is_gloo_available,
+        "nccl": dist.is_nccl_available,
+        "xccl": dist.is_xccl_available,
+        "ucc": dist.is_ucc_available,
+        "mpi": dist.is_mpi_available,
+    }
+    registered = set(dist.Backend.backend_list) - {*checks, "undefined", "fake"}
+    usable = sorted({check for check in checks if checks[check]()} | registered)
+    if name in checks and name not in usable:
+        raise UserError(f"dist_env.backend={name}: this torch was built without it; it has: {', '.join(usable)}")
+    if name not in usable:
+        raise UserError(
+            f"dist_env.backend={name}: this torch knows no such backend; it has: {', '.join(usable)} "
+            "(one from another package is there once that package is imported)"
+        )
+    return name if device.type in ("cpu", "mps") else f"cpu:gloo,{device.type}:{name}"
 
 
-def _backend_in_use(device: torch.device) -> str:
+def _start_group(
+    spec: str, device: torch.device, timeout_minutes: float, init_method: str | None, store: dist.Store | None
+) -> None:
     import torch
     import torch.distributed as dist
 
+    from automodel.distributed.rendezvous import StartError, meet
+
+    global _device
+    if device.type not in ("cpu", "mps"):
+        torch.accelerator.set_device_index(device.index)
+    rank, world_size = get_rank_safe(), get_world_size_safe()
+    place: dict[str, Any] = {"rank": rank, "world_size": world_size}
+    if init_method is not None or store is not None:
+        is_in_url = init_method is not None and "world_size=" in init_method
+        place = {"init_method": init_method, "store": store, **({} if is_in_url else place)}
+    elif world_size == 1:
+        # gloo looks its own host name up, which a laptop without a network may not resolve.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_name())
+        place["store"] = dist.HashStore()
+    else:
+        place["store"] = meet(rank, world_size, timeout_minutes)
+    device_id = device if device.type == "cuda" and world_size > 1 else None
+    try:
+        dist.init_process_group(spec, timeout=timedelta(minutes=timeout_minutes), device_id=device_id, **place)
+    except RuntimeError as error:  # dist.DistError is one, and gloo raises plain ones
+        raise StartError(
+            f"start-up: rank {rank} could not be connected with the other ranks: {error}. "
+            "Look at the output of the others; if they wait too, see GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME."
+        ) from error
+    _device = (dist.group.WORLD, device)
+
+
+def _facts() -> DistInfo:
+    import torch
+    import torch.distributed as dist
+
+    group = dist.group.WORLD
+    device = _device[1] if _device is not None and _device[0] is group else _device_of(group)
     kind = "cpu" if device.type == "mps" else device.type
-    return dist.group.WORLD._get_backend(torch.device(kind)).name()
+    backend = group._get_backend(torch.device(kind)).name()
+    return DistInfo(backend, dist.get_rank(), dist.get_world_size(), device, dist.get_rank() == 0)
 
 
-def _require_rendezvous() -> None:
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise UserError(
-            f"several ranks were started but {' and '.join(missing)} is not set: start with torchrun, "
-            "or let launch.nproc_per_node start the workers"
-        )
+def _device_of(group: dist.ProcessGroup) -> torch.device:
+    """Return the device that a group made elsewhere is for: the one whose backend is not gloo, which serves any."""
+    import torch
+
+    if group.bound_device_id is not None:
+        return group.bound_device_id
+    for device in group._device_types:
+        if device.type != "cpu" and torch.accelerator.is_available() and group._get_backend(device).name() != "gloo":
+            return torch.device(device.type, torch.accelerator.current_device_index())
+    return torch.device("cpu")
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Leave Ctrl-C without effect for a moment; only the main thread may, and is the one that it interrupts."""
+    handler = signal.getsignal(signal.SIGINT)
+    is_ours = threading.current_thread() is threading.main_thread() and handler is not None
+    if is_ours:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, handler)
+
+
+def _try(action: Callable[[], None]) -> None:
+    try:
+        action()
+    except Exception:
+        log.warning("something failed at the end of the process group", exc_info=True)
+
+
+def _free_deep_ep_buffers() -> None:
+    """Free DeepEP's communication buffers, which libraries keep in a global variable of some module."""
+    if "deep_ep" not in sys.modules:
+        return
+    for module in list(sys.modules.values()):
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            kind = type(value)
+            # Some types give a descriptor for their module.
+            if str(kind.__module__).partition(".")[0] == "deep_ep" and kind.__name__.endswith("Buffer"):
+                setattr(module, name, None)  # without explicitly_destroy, the last reference frees it
+                if getattr(value, "explicitly_destroy", False):
+                    _try(value.destroy)
+
+
+def _end_group() -> None:
+    """End the process group from a thread of its own, which is left behind when a peer holds it up."""
+    import torch.distributed as dist
+
+    global _ending
+    ways = [dist.destroy_process_group]
+    if _facts().backend == "nccl":
+        ways.append(dist.distributed_c10d._abort_process_group)  # does not wait for anybody
+    for way in ways:
+        _ending = threading.Thread(target=_try, args=(way,), name="end of the process group", daemon=True)
+        _ending.start()
+        _ending.join(DESTROY_SEC / len(ways))
+        if not _ending.is_alive():
+            return
+    log.warning("the process group did not end within %.0f seconds; a peer hangs, or is gone", DESTROY_SEC)
 
 
 def _loopback_name() -> str:

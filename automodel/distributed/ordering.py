@@ -33,7 +33,7 @@ def run_on_main(action: Callable[[], T]) -> T:
         except Exception as error:
             box[1] = error
     failure = box[1]
-    box[1] = _portable(failure)
+    box[1] = portable(failure)
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
         raise failure if failure is not None else box[1]
@@ -70,7 +70,7 @@ def everywhere(action: Callable[[], T]) -> T:
     except Exception as error:
         failure = error
     told: list = [None] * dist.get_world_size()
-    dist.all_gather_object(told, _portable(failure))
+    dist.all_gather_object(told, portable(failure))
     if failure is not None:
         raise failure
     for rank, error in enumerate(told):
@@ -79,7 +79,7 @@ def everywhere(action: Callable[[], T]) -> T:
     return result
 
 
-def _portable(error: Exception | None) -> Exception | None:
+def portable(error: Exception | None) -> Exception | None:
     """Return ``error`` as other processes can read it: itself where it survives pickling."""
     try:
         return pickle.loads(pickle.dumps(error))

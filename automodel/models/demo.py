@@ -27,6 +27,9 @@ class DemoModel:
         """Return the most tokens that the model can take."""
         return _MAX_LENGTH
 
+    def download(self) -> None:
+        """Do nothing: everything is here."""
+
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Build the character-level tokenizer."""
         from automodel.models.char_tokenizer import build_char_tokenizer

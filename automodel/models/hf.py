@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from automodel.types import UserError
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 WeightDtype = Literal["float32", "bfloat16"]
+
+_WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,18 @@ class HFModel:
                 f"model.pretrained_model_name_or_path={self.pretrained_model_name_or_path}: {_first_line(error)}"
             ) from error
         return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+    def download(self) -> None:
+        """Bring the weights of a hub id into the local cache; nothing happens where a folder is named."""
+        from huggingface_hub import snapshot_download
+
+        path = self.pretrained_model_name_or_path
+        if Path(path).is_dir():
+            return
+        try:
+            snapshot_download(path, revision=self.revision, allow_patterns=_WEIGHTS, ignore_patterns="*/*")
+        except (OSError, ValueError) as error:
+            raise UserError(f"model.pretrained_model_name_or_path={path}: {_first_line(error)}") from error
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer that belongs to the weights."""
@@ -95,6 +110,9 @@ class ScratchModel:
     def max_length(self) -> int | None:
         """Return the most tokens that the model can take, or None where its configuration does not say."""
         return self.config.get("max_position_embeddings")
+
+    def download(self) -> None:
+        """Do nothing: there are no weights to fetch."""
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer whose vocabulary the model gets."""

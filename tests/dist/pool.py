@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from typing import Any
 
 
@@ -63,4 +66,50 @@ def _serve(rank: int, world_size: int, store: str, pipe: Any) -> None:
             pipe.send((function(*args), None))
         except BaseException:
             pipe.send((None, traceback.format_exc()))
+    os._exit(0)
+
+
+def free_port() -> int:
+    """Return a port that nothing listened at a moment ago."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run_fresh(function: Callable[[], object], world_size: int, env: Mapping[str, str] | None = None) -> list[Any]:
+    """Run ``function`` in new processes that know of each other by the environment; None for one that was killed.
+
+    ``env`` overrides what they are told.
+    """
+    context = multiprocessing.get_context("fork")
+    job = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **(env or {})}
+    pipes, processes = [], []
+    for rank in range(world_size):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_call, args=(function, rank, job, theirs), daemon=True)
+        process.start()
+        theirs.close()  # so that the pipe ends with the process
+        pipes.append(ours)
+        processes.append(process)
+    results = []
+    for pipe in pipes:
+        try:
+            assert pipe.poll(40), "a process hangs"
+            results.append(pipe.recv())
+        except EOFError:
+            results.append(None)
+    for process in processes:
+        process.kill()
+        process.join()
+    return results
+
+
+def _call(function: Callable[[], object], rank: int, job: Mapping[str, str], pipe: Connection) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank % 2), **job})
+    pipe.send(function())
+    pipe.close()
+    time.sleep(1)  # the store of rank 0 serves ranks that are a little later
     os._exit(0)

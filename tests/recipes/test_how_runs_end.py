@@ -137,7 +137,7 @@ def test_one_failing_rank_ends_the_job_with_its_traceback(tmp_path):
     )  # fmt: skip
     assert "RuntimeError: this rank went wrong on purpose" in output
     assert output.count("Traceback (most recent call last)") == 1
-    assert "launcher: rank 1 failed with status 1" in output
+    assert "launcher: the run is ended; in the words of rank 1:" in output
 
 
 def test_a_killed_rank_ends_the_job_and_is_named(tmp_path):

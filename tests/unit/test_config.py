@@ -125,7 +125,7 @@ def test_all_problems_are_told_at_once():
 def test_batch_sizes_that_do_not_divide_name_those_that_do(rows):
     told = problems_of(
         *JSONL.format(rows=rows).split(), "step_scheduler.global_batch_size=100", "step_scheduler.local_batch_size=8",
-        env={"RANK": "0", "WORLD_SIZE": "4"},
+        env={"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
     )  # fmt: skip
     assert told == (
         "step_scheduler.global_batch_size=100 is not divisible by local_batch_size 8 x data-parallel size 4; "

@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[2]
 
 # A row may import rows below it, never above, nor its own neighbours.
 ROWS = (
-    {"run", "__main__"},
+    {"run", "check_parity", "__main__"},
     {"recipes"},
     {"train", "eval"},
     {"data", "models", "losses", "optim", "checkpoint", "loggers"},
     {"distributed", "launch"},
-    {"config", "capabilities", "types", "logs"},
+    {"config", "capabilities", "environment", "types", "logs"},
 )
 BASE = ROWS[-1]
 
