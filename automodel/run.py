@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run_recipe(cfg: Config) -> ExitStatus:
     """Run the recipe of ``cfg`` in this process, as one rank of its job, and return how it ended."""
+    # The stacks in C++ of a peer that lost a connection would bury the words of the rank that failed.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from automodel.distributed.dist_info import destroy_global_state, initialize_distributed
     from automodel.distributed.watchdog import start_watchdog
     from automodel.train.rng import make_deterministic

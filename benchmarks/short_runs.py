@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 ARGV = (
-    "evaluation=none", "validation_dataset=none", "dataset.limit=64", "step_scheduler.local_batch_size=8",
+    "evaluation=loss", "validation_dataset=none", "dataset.limit=64", "step_scheduler.local_batch_size=8",
     "step_scheduler.global_batch_size=16", "step_scheduler.max_steps=2", "launch.nproc_per_node=2",
     "checkpoint.enabled=false", "export.enabled=false",
 )  # fmt: skip
