@@ -8,6 +8,7 @@ from importlib import import_module
 
 VERBS = {
     "run": "train, as a recipe and the configuration say",
+    "preview": "show the rows as they would be trained on, and stop at what would train wrongly",
     "check_parity": "train a few steps in one process and in your layout, and compare",
 }
 

@@ -29,28 +29,24 @@ STRATEGY_OPTIONS: dict[str, dict[str, str]] = {
 """For every strategy its options, each with what it does there."""
 
 LATER_KEYS = (
-    "packing",
     "compile",
     "profiler",
     "checkpoint.async_save",
     "checkpoint.keep_every",
-    "dataloader.length_grouped",
-    "dataloader.max_tokens_per_batch",
-    "dataset.on_bad_row",
-    "dataset.streaming",
 )
 """Keys (or sections) that are planned: told as such instead of as a typo."""
 
 LATER_OPTIONS: dict[str, tuple[str, ...]] = {
     "recipe": ("llm_pretrain", "llm_dpo", "llm_kd", "llm_eval"),
     "peft": ("qlora",),
-    "dataset": ("mixture",),
-    "validation_dataset": ("mixture",),
     "loss_fn": ("linear_ce",),
     "logger": ("tensorboard", "mlflow"),
     "launch": ("slurm",),
 }
 """Options of groups that are planned."""
 
-CHAT_TEMPLATES = ("chatml",)
+CHAT_TEMPLATES = ("chatml", "llama3", "gemma", "alpaca")
 """The names that ``dataset.chat_template`` takes besides a file."""
+
+ROW_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")
+"""The files of a folder that hold rows; each may be gzipped and end in .gz as well."""

@@ -69,7 +69,7 @@ def add_log_file(path: Path) -> None:
 
 
 @contextmanager
-def progress(total: int, *, description: str) -> Iterator[Bar]:
+def progress(total: int | None, *, description: str) -> Iterator[Bar]:
     """Show a progress bar for the block, if this is rank 0 on a terminal."""
     is_quiet = logging.getLogger(_ROOT).level > logging.INFO
     if is_quiet or not _console.is_terminal:

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from automodel.checkpoint.export import export_model
 from automodel.checkpoint.training import Checkpointer, TrainState, load_checkpoint, newest_checkpoint, read_progress
 from automodel.config import Config, masked, resolved_yaml
-from automodel.data.loader import TrainLoader
+from automodel.data.loader import Collate, Loader, TrainLoader
 from automodel.distributed.dist_info import DistInfo
 from automodel.distributed.first_rank import FirstRankPerNode
 from automodel.distributed.mesh import DataParallel, Strategy, data_parallel
@@ -70,6 +69,23 @@ class Job:
                 source.download()
             return source.load_tokenizer()
 
+    def loader(self, rows: Sequence[dict[str, Any]], *, collate: Collate, **options: Any) -> TrainLoader:
+        """Return this rank's loader of map-style ``rows``; ``options`` as those of TrainLoader."""
+        cfg = self.cfg
+        return TrainLoader(
+            rows,
+            collate=collate,
+            global_batch_size=cfg.step_scheduler.global_batch_size,
+            local_batch_size=cfg.step_scheduler.local_batch_size,
+            dp_rank=self.dp.rank,
+            dp_size=self.dp.size,
+            seed=cfg.rng.seed,
+            num_epochs=cfg.step_scheduler.num_epochs,
+            pin_memory=self.dist_info.device.type == "cuda",
+            **cfg.dataloader.model_dump(),
+            **options,
+        )
+
     def build_model(self, load: Callable[[], PreTrainedModel], *, task: Task) -> nn.Module:
         """Load the model on every rank, add the adapters of ``peft``, and wrap or shard it on its device.
 
@@ -93,32 +109,20 @@ def build_loop(
     job: Job,
     model: nn.Module,
     *,
-    rows: Any,
-    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+    loader: Loader,
+    num_rows: int | None,
     loss_fn: LossFn,
     evaluators: Sequence[Evaluator],
     fingerprint: str,
     resume_facts: dict[str, Any] | None = None,
 ) -> TrainLoop:
-    """Build the loop over ``rows``, resumed from the run's newest checkpoint where the configuration says so.
+    """Build the loop over ``loader``, resumed from the run's newest checkpoint where the configuration says so.
 
     Writes ``config.yaml`` and ``run.json``, opens the loggers and prints the plan: from here on the input is
     known to be good. Every rank must call it.
     """
     mark("building the loop")
     cfg, info = job.cfg, job.dist_info
-    loader = TrainLoader(
-        rows,
-        collate=collate,
-        global_batch_size=cfg.step_scheduler.global_batch_size,
-        local_batch_size=cfg.step_scheduler.local_batch_size,
-        dp_rank=job.dp.rank,
-        dp_size=job.dp.size,
-        seed=cfg.rng.seed,
-        drop_last=cfg.dataloader.drop_last,
-        num_workers=cfg.dataloader.num_workers,
-        pin_memory=info.device.type == "cuda",
-    )
     steps = StepScheduler(
         steps_per_epoch=loader.steps_per_epoch,
         **cfg.step_scheduler.model_dump(exclude={"global_batch_size", "local_batch_size"}),
@@ -135,6 +139,7 @@ def build_loop(
     if resume_from is not None:
         saved, rng = load_checkpoint(resume_from, TrainState(model, optimizer, lr_scheduler))
         steps.step = saved["step"]
+        loader.load_state_dict(saved["loader"])
         log.info("resumed from %s, at step %d", resume_from, steps.step)
     _open_run(job, model=model, fingerprint=fingerprint, metrics_size=metrics_size, resumed_step=steps.step or None)
     loop = TrainLoop(
@@ -143,7 +148,7 @@ def build_loop(
         optimizer=optimizer,
         lr_scheduler=lr_scheduler,
         steps=steps,
-        epoch_batches=loader.epoch,
+        loader=loader,
         step_config=StepConfig(
             device=info.device,
             dp_group=job.dp.group,
@@ -161,7 +166,7 @@ def build_loop(
         on_non_finite=cfg.on_non_finite,
         dump_folder=job.run_dir.path,
     )
-    _log_plan(job, loop, num_rows=len(rows), num_parameters=num_parameters)
+    _log_plan(job, loop, num_rows=num_rows, num_parameters=num_parameters)
     if rng is not None:
         set_rng_state(rng)  # last of all, after whatever building drew
     return loop
@@ -271,7 +276,7 @@ def _open_run(job: Job, *, model: nn.Module, fingerprint: str, metrics_size: int
     run_on_main(write)
 
 
-def _log_plan(job: Job, loop: TrainLoop, *, num_rows: int, num_parameters: int) -> None:
+def _log_plan(job: Job, loop: TrainLoop, *, num_rows: int | None, num_parameters: int) -> None:
     cfg, info, steps = job.cfg.step_scheduler, job.dist_info, loop.steps
     accumulation = cfg.global_batch_size // (cfg.local_batch_size * job.dp.size)
     trained = sum(p.numel() for p in loop.model.parameters() if p.requires_grad)
@@ -281,10 +286,10 @@ def _log_plan(job: Job, loop: TrainLoop, *, num_rows: int, num_parameters: int) 
         "devices": f"{info.world_size} x {info.device.type} ({info.backend})",
         "strategy": job.strategy.name,
         "parameters": f"{num_parameters:,}, of which {trained:,} are trained",
-        "rows": f"{num_rows:,}",
+        "rows": "a stream" if num_rows is None else f"{num_rows:,}",
         "global batch": f"{cfg.global_batch_size} = {cfg.local_batch_size} local x {accumulation} accumulated "
         f"x {job.dp.size} data-parallel",
-        "steps": f"{steps.total_steps:,} ({steps.steps_per_epoch:,} an epoch)",
+        "steps": f"{steps.total_steps:,}" + (f" ({steps.steps_per_epoch:,} an epoch)" if steps.steps_per_epoch else ""),
         "evaluations": str(steps.count(steps.val_every_steps) if loop.evaluators else 0),
         "saves": str(saves),
         "output": str(job.run_dir.path),

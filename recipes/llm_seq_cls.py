@@ -10,7 +10,7 @@ from automodel.data.collate import ClassificationCollator
 from automodel.data.loader import validation_batches
 from automodel.data.prepare import load_classification
 from automodel.data.rows import ClassificationRows
-from automodel.distributed.ordering import everywhere
+from automodel.distributed.first_rank import FirstRankPerNode
 from automodel.distributed.watchdog import mark
 from automodel.eval.validation import Validation, measure_classification, summarize_classification, validate
 from automodel.models.hf import pad_token_id
@@ -24,7 +24,8 @@ def run(job: Job) -> None:
     mark("loading the rows")
     source = build(cfg.model)
     tokenizer = job.load_tokenizer(source)
-    train_rows, validation_rows = everywhere(lambda: _load_rows(job, source, tokenizer))
+    with FirstRankPerNode():
+        train_rows, validation_rows = _load_rows(job, source, tokenizer)
     model = job.build_model(lambda: source.build(tokenizer, label_names=train_rows.label_names), task="SEQ_CLS")
 
     loss_fn = build(cfg.loss_fn)
@@ -52,8 +53,8 @@ def run(job: Job) -> None:
     loop = build_loop(
         job,
         model,
-        rows=train_rows.examples,
-        collate=collate,
+        loader=job.loader(train_rows.examples, collate=collate, lengths=train_rows.stats.lengths),
+        num_rows=len(train_rows.examples),
         loss_fn=loss_fn,
         evaluators=evaluators,
         fingerprint=train_rows.fingerprint,

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from automodel.data.collate import CausalLMCollator
+from automodel.data.collate import CausalLMCollator, PackedCollator
 from automodel.data.loader import validation_batches
-from automodel.data.prepare import load_sft
 from automodel.data.rows import SFTRows
+from automodel.data.train_set import TrainSet
 from automodel.distributed.mesh import dp_eval_sample_shard
 from automodel.distributed.ordering import everywhere
 from automodel.distributed.watchdog import mark
+from automodel.distributed.wrappers import unwrap
 from automodel.eval.generation import GenerationEvaluation, GenerationScores
 from automodel.eval.validation import Validation, measure_loss, validate
 from automodel.logs import get_logger
+from automodel.losses.cross_entropy import forward_logits
 from automodel.models.hf import pad_token_id
+from automodel.models.isolation import require_isolation
 from automodel.recipes.assembly import Job, as_text, build, build_loop, log_where_and_next, train_and_export
+from automodel.recipes.training_data import prepare_sft_data
 from automodel.train.loop import Evaluator
+from automodel.types import UserError
 
 log = get_logger(__name__)
 
@@ -38,25 +44,28 @@ def run(job: Job) -> None:
     mark("loading the rows")
     source = build(cfg.model)
     tokenizer = job.load_tokenizer(source)
-    train_rows, validation_rows = everywhere(lambda: _load_rows(job, source, tokenizer))
+    data = prepare_sft_data(job, source, tokenizer)
     model = job.build_model(lambda: source.build(tokenizer), task="CAUSAL_LM")
 
     loss_fn = build(cfg.loss_fn)
     collate = CausalLMCollator(pad_token_id(tokenizer), job.strategy.length_multiple)
+    train_collate = collate if data.pack_length is None else _packed_collator(job, model, tokenizer)
     scores: list[GenerationScores] = []
     evaluators: list[Evaluator] = []
-    if validation_rows is not None:
-        evaluator = _Evaluator(job, model, tokenizer, rows=validation_rows, collate=collate, loss_fn=loss_fn)
+    if data.validation is not None:
+        evaluator = _Evaluator(job, model, tokenizer, rows=data.validation, collate=collate, loss_fn=loss_fn)
         evaluators.append(Evaluator("validation", lambda: evaluator.run(scores)))
     loop = build_loop(
         job,
         model,
-        rows=train_rows.examples,
-        collate=collate,
+        loader=data.loader(job, train_collate),
+        num_rows=data.num_rows,
         loss_fn=loss_fn,
         evaluators=evaluators,
-        fingerprint=train_rows.fingerprint,
+        fingerprint=data.fingerprint,
     )
+    if data.train_set is not None and (len(data.sources) > 1 or data.pack_length):
+        log.info("an epoch\n%s", as_text(_shares(data.train_set)))
     if cfg.evaluation and loop.steps.step == 0:
         loop.evaluate()
     train_and_export(job, loop, tokenizer=tokenizer)
@@ -65,13 +74,42 @@ def run(job: Job) -> None:
     log_where_and_next(job, next_steps=_NEXT_AFTER_DEMO if source.name == "demo" else ())
 
 
-def _load_rows(job: Job, source: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[SFTRows, SFTRows | None]:
-    limit = source.max_length()
-    train_rows = load_sft(build(job.cfg.dataset), tokenizer, model_max_length=limit)
-    validation_set = build(job.cfg.validation_dataset)
-    if validation_set is None:
-        return train_rows, None
-    return train_rows, load_sft(validation_set, tokenizer, model_max_length=limit)
+def _packed_collator(job: Job, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> PackedCollator:
+    """Return the collator of packs, once it is shown that this model keeps their documents apart."""
+    mark("checking that packed documents do not see each other")
+    attention = unwrap(model).config._attn_implementation
+    collate = PackedCollator(pad_token_id(tokenizer), job.strategy.length_multiple, attention)
+    if attention == "flex_attention" and job.dist_info.device.type == "cpu":
+        raise UserError("model.attn_implementation=flex_attention has no backward on a CPU; choose sdpa")
+    everywhere(
+        lambda: require_isolation(
+            model,
+            collate=collate,
+            forward=forward_logits,
+            vocab_size=len(tokenizer),
+            device=job.dist_info.device,
+            autocast=job.autocast,
+            attention=attention,
+        )
+    )
+    return collate
+
+
+def _shares(train_set: TrainSet) -> Table:
+    """Say what each source gives to an epoch."""
+    total = sum(share.num_tokens for share in train_set.shares)
+    table = Table("source", "rows", "drawn", "share", "tokens", "share", "slots filled")
+    for share in train_set.shares:
+        table.add_row(
+            Path(share.name).name,
+            f"{share.num_rows:,}",
+            f"{share.num_drawn:,}",
+            f"{share.num_drawn / train_set.num_drawn:.1%}",
+            f"{share.num_tokens:,.0f}",
+            f"{share.num_tokens / total:.1%}",
+            "" if share.efficiency is None else f"{share.efficiency:.1%}",
+        )
+    return table
 
 
 class _Evaluator:

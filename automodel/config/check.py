@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from automodel.capabilities import CHAT_TEMPLATES
+from automodel.capabilities import CHAT_TEMPLATES, ROW_SUFFIXES
 from automodel.config.names import did_you_mean
 from automodel.config.schema import Config
 from automodel.environment import environment_problems
@@ -24,6 +24,7 @@ def cross_checks(cfg: Config, env: Mapping[str, str] = os.environ) -> list[str]:
         _check_adapters,
         _check_model,
         _check_datasets,
+        _check_training_rows,
         _check_evaluation,
         _check_numbers,
         _check_checkpoint,
@@ -154,7 +155,7 @@ def _check_datasets(cfg: Config) -> Iterator[str]:
         section = getattr(cfg, name) or {}
         if str(section.get("_target_")).endswith(".JsonlDataset"):
             yield from _check_file(f"{name}.path", section.get("path"))
-        for key in ("limit", "max_length"):
+        for key in ("limit", "max_length", "num_proc", "buffer_rows"):
             value = section.get(key)
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 yield f"{name}.{key}={value} must be at least 1"
@@ -170,8 +171,8 @@ def _check_file(key: str, path: Any) -> Iterator[str]:
         return
     file = Path(path).expanduser()
     if file.is_dir():
-        if not any(file.glob("*.jsonl")):
-            yield f"{key}={path}: the folder has no *.jsonl file"
+        if not any(each.name.lower().removesuffix(".gz").endswith(ROW_SUFFIXES) for each in file.iterdir()):
+            yield f"{key}={path}: the folder has no file of rows ({', '.join(ROW_SUFFIXES)}; each may have .gz as well)"
     elif file.exists():
         if not os.access(file, os.R_OK):
             yield f"{key}={path} cannot be read"
@@ -179,6 +180,23 @@ def _check_file(key: str, path: Any) -> Iterator[str]:
             yield f"{key}={path} is empty"
     elif not glob.glob(str(file)):
         yield f"{key}={path}: there is no such file"
+
+
+def _check_training_rows(cfg: Config) -> Iterator[str]:
+    packing, loader, steps = cfg.packing, cfg.dataloader, cfg.step_scheduler
+    if packing.enabled and not cfg.recipe.packs:
+        yield f"packing.enabled=true does not apply to recipe={cfg.recipe.name}"
+    if loader.max_tokens_per_batch is not None and packing.enabled:
+        yield "dataloader.max_tokens_per_batch and packing.enabled=true: choose one, packs are of one length already"
+    if not cfg.dataset.get("streaming"):
+        return
+    if steps.max_steps is None:
+        yield "dataset.streaming=true needs step_scheduler.max_steps: the end of a stream is not known"
+    if cfg.recipe.name == "llm_seq_cls":
+        yield "dataset.streaming=true does not apply to recipe=llm_seq_cls, which must know all labels"
+    for key in ("length_grouped", "max_tokens_per_batch"):
+        if getattr(loader, key):
+            yield f"dataloader.{key} does not go with dataset.streaming=true, whose lengths are not known ahead"
 
 
 def _check_evaluation(cfg: Config) -> Iterator[str]:

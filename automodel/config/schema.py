@@ -33,6 +33,7 @@ class Recipe(Section):
     target: str = Field(alias="_target_")
     name: str
     evaluations: list[str]
+    packs: bool
 
 
 class DistEnv(Section):
@@ -59,6 +60,13 @@ class StepSchedulerSection(Section):
 class DataLoaderSection(Section):
     num_workers: Annotated[int, Field(ge=0)] = Field(description="processes that read ahead")
     drop_last: bool = Field(description="drop the short last global batch instead of training it")
+    length_grouped: bool = Field(description="put rows of about one length into a step, so that little is padded")
+    max_tokens_per_batch: PositiveInt | None = Field(description="a micro-batch takes so many tokens, not so many rows")
+
+
+class Packing(Section):
+    enabled: bool = Field(description="put several documents into one row, kept apart")
+    max_length: PositiveInt | None = Field(description="tokens of a packed row; null: dataset.max_length")
 
 
 class ClipGradNorm(Section):
@@ -84,6 +92,8 @@ class Config(Section):
     rng: Rng
     step_scheduler: StepSchedulerSection
     dataloader: DataLoaderSection
+    packing: Packing
+    data_checks: Literal["stop", "warn"] = Field(description="what to do about rows that would train wrongly")
     clip_grad_norm: ClipGradNorm
     on_non_finite: Literal["stop", "skip"] = Field(description="stop, or skip and go on; never a weight changed")
     checkpoint: CheckpointSection

@@ -1,15 +1,16 @@
-"""Recognise what a row holds and bring it to one shape: prompt and completion, messages, or text and label."""
+"""Recognise what a row holds, from its fields or by name, and bring it to one of a few shapes."""
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+from automodel.data.columns import Pattern, fields_seen, nearest, read_pattern
+from automodel.data.preference import Preference, read_preference
 from automodel.data.readers import BadRow, require_text
+from automodel.data.turns import Turn, read_tools, read_turns, with_system
 
-FormatName = Literal["auto", "prompt_completion", "alpaca", "messages", "text_label"]
+FormatName = Literal["auto", "prompt_completion", "alpaca", "messages", "sharegpt", "text", "text_label", "preference"]
 
 
 class UnknownFormat(BadRow):
@@ -25,10 +26,21 @@ class PromptCompletion(NamedTuple):
 
 
 class Messages(NamedTuple):
-    """A conversation; its assistant turns are supervised."""
+    """A conversation.
 
-    turns: list[dict[str, Any]]
+    Attributes:
+        weights: a loss weight for each turn; None, there or for all: 1 for the assistant's turns, 0 for others.
+    """
+
+    turns: list[Turn]
     tools: list[dict[str, Any]] | None = None
+    weights: list[float | None] | None = None
+
+
+class PlainText(NamedTuple):
+    """Text for continued pre-training, all of it supervised."""
+
+    text: str
 
 
 class TextLabel(NamedTuple):
@@ -38,191 +50,242 @@ class TextLabel(NamedTuple):
     label: str
 
 
-# Fields by which a format is known, in the order in which they are looked for.
-_SIGNS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "messages": (("messages",),),
-    "prompt_completion": (("prompt", "completion"), ("question", "answer")),
-    "alpaca": (("instruction", "output"),),
-    "text_label": (("text", "label"), ("sentence", "label"), ("title", "description", "label")),
-}
-_SFT_FORMATS = ("messages", "prompt_completion", "alpaca")
-_ROLES = ("system", "user", "assistant", "tool")
-_COLUMNS_OF = {
+Shape = PromptCompletion | Messages | PlainText | TextLabel | Preference
+
+_REQUIRED = {
     "messages": ("messages",),
+    "sharegpt": ("conversations",),
     "prompt_completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "input", "output"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
     "text_label": ("text", "label"),
+    "preference": ("chosen", "rejected"),
 }
+_OPTIONAL = {
+    "messages": ("tools", "system"),
+    "sharegpt": ("tools", "system"),
+    "alpaca": ("input", "system"),
+    "preference": ("prompt", "messages", "conversations", "tools", "system"),
+}
+# Other names under which the fields of a format are known, tried where the usual ones are not there.
+_ALIASES: dict[str, tuple[dict[str, str], ...]] = {
+    "prompt_completion": ({"prompt": "question", "completion": "answer"},),
+    "text_label": ({"text": "sentence"}, {"text": "{title}\n{description}"}),
+    "preference": ({"chosen": "chosen_messages", "rejected": "rejected_messages"},),
+}
+_SFT_FORMATS = ("messages", "sharegpt", "prompt_completion", "alpaca", "text")
+# Beside a text these say where it is from; any other field may be what should be learnt.
+_PROVENANCE = {"id", "url", "source", "timestamp", "date", "meta", "metadata"}
 
 
 class RowFormat:
     """Reads rows of one format; chosen from the first row, or by name."""
 
-    def __init__(self, name: str, fields: Mapping[str, str]) -> None:
+    def __init__(self, name: str, fields: Mapping[str, str | Pattern]) -> None:
         self.name = name
         self._fields = fields
 
-    def read(self, row: Mapping[str, Any]) -> PromptCompletion | Messages | TextLabel:
+    def read(self, row: Mapping[str, Any]) -> Shape:
         """Bring a row to its shape.
 
         Raises:
             BadRow: a field is missing, of the wrong type, or an answer is empty.
         """
-        return getattr(self, f"_read_{self.name}")(row)
+        return _READERS[self.name](self, row)
 
-    def _read_prompt_completion(self, row: Mapping[str, Any]) -> PromptCompletion:
-        kind = row.get("kind")
-        completion = self._text(row, "completion", may_be_empty=False)
-        return PromptCompletion(self._text(row, "prompt"), completion, kind if isinstance(kind, str) else None)
+    def has(self, row: Mapping[str, Any], column: str) -> bool:
+        """Return whether the row holds something in a column that may be left out."""
+        field = self._fields.get(column, column)
+        return isinstance(field, Pattern) or row.get(field) is not None
 
-    def _read_alpaca(self, row: Mapping[str, Any]) -> Messages:
-        instruction = self._text(row, "instruction", may_be_empty=False)
-        extra = self._text(row, "input") if row.get(self._fields["input"]) is not None else ""
-        question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-        answer = self._text(row, "output", may_be_empty=False)
-        return Messages([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+    def title(self, column: str) -> str:
+        """Return what the user calls a column: its field, or the pattern for it."""
+        field = self._fields.get(column, column)
+        return field.text if isinstance(field, Pattern) else field
 
-    def _read_messages(self, row: Mapping[str, Any]) -> Messages:
-        turns = self._value(row, "messages")
-        if not isinstance(turns, list) or not turns:
-            raise BadRow(f'the field "{self._fields["messages"]}" must be a list of messages that is not empty')
-        read = [_read_turn(turn, number) for number, turn in enumerate(turns, start=1)]
-        if not any(turn["role"] == "assistant" for turn in read):
-            raise BadRow("no message of the assistant: there is nothing to train on")
-        return Messages(read, _read_tools(row.get("tools")))
+    def value(self, row: Mapping[str, Any], column: str) -> Any:
+        """Return what a column holds, of any type.
 
-    def _read_text_label(self, row: Mapping[str, Any]) -> TextLabel:
-        label = self._value(row, "label")
-        if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
-            raise BadRow(f'the field "{self._fields["label"]}" must be a whole number or a name')
-        if isinstance(label, str):
-            require_text(label, self._fields["label"])
-        if "text" in self._fields:
-            text = self._text(row, "text", may_be_empty=False)
-        else:
-            text = "\n".join(self._text(row, name) for name in ("title", "description"))
-        return TextLabel(text, str(label))
+        Raises:
+            BadRow: the field, or a key of a pattern, is missing.
+        """
+        field = self._fields.get(column, column)
+        if isinstance(field, Pattern):
+            return field.fill(row)
+        if field not in row:
+            raise BadRow(f'no field "{field}"; {fields_seen(row)}{nearest(field, row)}')
+        return row[field]
 
-    def _value(self, row: Mapping[str, Any], column: str) -> Any:
-        name = self._fields.get(column, column)
-        if name not in row:
-            raise BadRow(f'no field "{name}"; fields: {", ".join(row) or "none"}{_nearest(name, row)}')
-        return row[name]
+    def text(self, row: Mapping[str, Any], column: str, *, may_be_empty: bool = True) -> str:
+        """Return the text of a column.
 
-    def _text(self, row: Mapping[str, Any], column: str, *, may_be_empty: bool = True) -> str:
-        name = self._fields.get(column, column)
-        text = require_text(self._value(row, column), name)
+        Raises:
+            BadRow: it is missing, not text, or empty where it must not be.
+        """
+        value = self.value(row, column)
+        if isinstance(self._fields.get(column), Pattern) and isinstance(value, int | float):
+            value = value if isinstance(value, bool) else str(value)
+        text = require_text(value, self.title(column))
         if not may_be_empty and not text.strip():
-            raise BadRow(f'the field "{name}" is empty')
+            raise BadRow(f'the field "{self.title(column)}" is empty')
         return text
 
 
 def choose_format(
-    name: FormatName, columns: Mapping[str, str | None], *, row: Mapping[str, Any], is_classification: bool
+    name: FormatName,
+    columns: Mapping[str, str | None],
+    *,
+    row: Mapping[str, Any],
+    is_classification: bool,
+    is_preference: bool = False,
 ) -> RowFormat:
     """Return the format of a file from its name or, with ``auto``, from the columns mapped and its first row.
+
+    Args:
+        columns: for a column of a format the field that holds it, or a pattern over fields such as
+            ``{context}\\n\\n{question}`` or ``{answers[text][0]}``.
+        is_classification: text with a label is wanted.
+        is_preference: pairs of a chosen and a rejected answer are wanted.
 
     Raises:
         UnknownFormat: the fields are not those of a known format, or of several; it says which key settles it.
     """
-    mapped = {column: field for column, field in columns.items() if field is not None}
-    for column, field in mapped.items():
+    mapped = {column: _mapped(column, field, row) for column, field in columns.items() if field is not None}
+    candidates = ("text_label",) if is_classification else ("preference",) if is_preference else _SFT_FORMATS
+    if name not in ("auto", *candidates):
+        if name == "preference":
+            raise UnknownFormat(_PAIRS)
+        raise UnknownFormat(f"dataset.format={name} does not suit this recipe; it takes {' or '.join(candidates)}")
+    if name == "auto":
+        if candidates == _SFT_FORMATS and not mapped:
+            _refuse_preferences(row)
+        name = _detected(candidates, mapped, row)
+    return RowFormat(name, _fields_of(name, mapped, row))
+
+
+_PAIRS = (
+    "the rows are preference pairs (chosen, rejected), which this recipe does not train on; to train on the chosen "
+    "answers alone, map them: dataset.columns.prompt with dataset.columns.completion, or dataset.columns.messages"
+)
+
+
+def _refuse_preferences(row: Mapping[str, Any]) -> None:
+    if _has_sign("preference", {}, row):
+        raise UnknownFormat(_PAIRS)
+    if ("messages" in row or "conversations" in row) and isinstance(row.get("label"), bool):
+        name = "messages" if "messages" in row else "sharegpt"
+        raise UnknownFormat(
+            f"messages with a boolean label, which says whether the answer is a good one; {fields_seen(row)}; choose "
+            f"dataset.format={name} to train on all of them, the bad ones too"
+        )
+
+
+def _mapped(column: str, field: str, row: Mapping[str, Any]) -> str | Pattern:
+    if field in row or not any(brace in field for brace in "{}"):
         if field not in row:
-            seen = ", ".join(row) or "none"
-            raise UnknownFormat(f'no field "{field}" (dataset.columns.{column}); fields: {seen}{_nearest(field, row)}')
-    candidates = ("text_label",) if is_classification else _SFT_FORMATS
-    if name != "auto":
-        if name not in candidates:
-            raise UnknownFormat(f"dataset.format={name} does not suit this recipe; it takes {' or '.join(candidates)}")
-        return RowFormat(name, _field_names(name, mapped, row))
-    fits = [each for each in candidates if _fits(each, mapped, row)]
-    if len(fits) > 1 and mapped:
-        fits = [each for each in fits if set(mapped) <= set(_COLUMNS_OF[each])] or fits
+            message = f'no field "{field}" (dataset.columns.{column}); {fields_seen(row)}{nearest(field, row)}'
+            raise UnknownFormat(message)
+        return field
+    try:
+        pattern = read_pattern(field)
+    except ValueError as error:
+        raise UnknownFormat(f"dataset.columns.{column}={field} is no pattern: {error}") from None
+    for _, reference in pattern.parts:
+        if reference is not None and reference.field not in row:
+            hint = f"{fields_seen(row)}{nearest(reference.field, row)}"
+            raise UnknownFormat(f'no field "{reference.field}" (dataset.columns.{column}={field}); {hint}')
+    return pattern
+
+
+def _detected(candidates: tuple[str, ...], mapped: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    fits = [each for each in candidates if _has_sign(each, mapped, row)]
     if len(fits) == 1:
-        return RowFormat(fits[0], _field_names(fits[0], mapped, row))
-    seen = ", ".join(row) or "none"
+        return fits[0]
     if fits:
-        raise UnknownFormat(f"fields {seen} suit several formats; choose dataset.format={' or '.join(fits)}")
-    wanted = "; ".join(f"{each}: {', '.join(_COLUMNS_OF[each])}" for each in candidates)
-    raise UnknownFormat(f"the fields {seen} are of no known format; name them with dataset.columns.* ({wanted})")
+        raise UnknownFormat(f"the {fields_seen(row)} suit several formats; choose dataset.format={' or '.join(fits)}")
+    wanted = "; ".join(f"{each}: {', '.join(_columns_of(each))}" for each in candidates)
+    raise UnknownFormat(f"the {fields_seen(row)} are of no known format; name them with dataset.columns.* ({wanted})")
 
 
-def _fits(name: str, mapped: Mapping[str, str], row: Mapping[str, Any]) -> bool:
-    if not set(mapped) <= set(_COLUMNS_OF[name]):
+def _has_sign(name: str, mapped: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Return whether a row, with the columns that the user maps, has all that a format needs."""
+    if not set(mapped) <= set(_columns_of(name)):
         return False
-    required = [column for column in _COLUMNS_OF[name] if column != "input"]
-    if mapped and all(column in mapped or column in row for column in required):
-        return True
-    if mapped and "label" not in mapped:
-        return False
-    return any(all(field in row or field in mapped for field in sign) for sign in _SIGNS[name])
+    if name == "text" and not mapped:
+        return "text" in row and set(row) <= {"text"} | _PROVENANCE
+    fields = _fields_of(name, mapped, row)
+    return all(isinstance(fields[each], Pattern) or fields[each] in row for each in _REQUIRED[name])
 
 
-def _field_names(name: str, mapped: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, str]:
-    fields = {column: column for column in _COLUMNS_OF[name]}
-    if name == "prompt_completion" and not mapped and "prompt" not in row and "question" in row:
-        fields = {"prompt": "question", "completion": "answer"}
-    if name == "text_label" and "text" not in mapped and "text" not in row:
-        if "sentence" in row:
-            fields["text"] = "sentence"
-        elif "title" in row and "description" in row:
-            del fields["text"]
-    return fields | mapped
+def _columns_of(name: str) -> tuple[str, ...]:
+    return _REQUIRED[name] + _OPTIONAL.get(name, ())
 
 
-def _read_turn(turn: Any, number: int) -> dict[str, Any]:
-    where = f"message {number}"
-    if not isinstance(turn, dict):
-        raise BadRow(f"{where} must be an object with role and content")
-    role = turn.get("role")
-    if role not in _ROLES:
-        raise BadRow(f"{where} has the role {role!r}; roles: {', '.join(_ROLES)}")
-    content = turn.get("content")
-    if isinstance(content, list):
-        content = "".join(_read_part(part, where) for part in content)
-    if content is None and role == "assistant" and turn.get("tool_calls"):
-        content = ""
-    text = require_text(content, f"{where}: content")
-    if role == "assistant" and not text.strip() and not turn.get("tool_calls"):
-        raise BadRow(f"{where}: the assistant's content is empty")
-    _require_usual_weight(turn, where)
-    return {key: value for key, value in turn.items() if value is not None} | {"content": text}
+def _fields_of(name: str, mapped: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, str | Pattern]:
+    fields = {column: column for column in _columns_of(name)} | dict(mapped)
+    for alias in _ALIASES.get(name, ()):
+        is_usual = all(fields[column] in row for column in alias if column not in mapped)
+        read = {column: read_pattern(field) if "{" in field else field for column, field in alias.items()}
+        if not is_usual and all(_is_there(field, row) for column, field in read.items() if column not in mapped):
+            return fields | read | dict(mapped)
+    return fields
 
 
-def _require_usual_weight(turn: Mapping[str, Any], where: str) -> None:
-    """Refuse a message that wants another weight than it gets: 1 for the assistant's, 0 for the others."""
-    usual = 1 if turn["role"] == "assistant" else 0
-    for key in ("loss_weight", "weight"):
-        weight = turn.get(key)
-        if weight is not None and weight != usual:
-            raise BadRow(
-                f"{where}: {key}={weight!r} is not supported: the assistant's messages are trained on with weight 1, "
-                "the others not at all; drop the message or the field"
-            )
+def _is_there(field: str | Pattern, row: Mapping[str, Any]) -> bool:
+    if isinstance(field, Pattern):
+        return all(reference is None or reference.field in row for _, reference in field.parts)
+    return field in row
 
 
-def _read_tools(tools: Any) -> list[dict[str, Any]] | None:
-    """Return the tool schemas of a row, which some data sets hold as JSON text; None: it has none."""
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise BadRow('the field "tools" is text, but not JSON') from None
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise BadRow('the field "tools" must be a list of objects')
-    return tools
+def _read_prompt_completion(fields: RowFormat, row: Mapping[str, Any]) -> PromptCompletion:
+    kind = row.get("kind")
+    completion = fields.text(row, "completion", may_be_empty=False)
+    return PromptCompletion(fields.text(row, "prompt"), completion, kind if isinstance(kind, str) else None)
 
 
-def _read_part(part: Any, where: str) -> str:
-    if not isinstance(part, dict):
-        raise BadRow(f"{where}: every part of the content must be an object")
-    if part.get("type") != "text":
-        raise BadRow(f"{where}: a part of type {part.get('type')!r} is not supported; only text is")
-    return require_text(part.get("text", part.get("value")), f"{where}: text")
+def _read_alpaca(fields: RowFormat, row: Mapping[str, Any]) -> Messages:
+    if row.get("history"):
+        raise BadRow('the field "history" is not supported; give the turns before as messages')
+    instruction = fields.text(row, "instruction", may_be_empty=False)
+    extra = fields.text(row, "input") if fields.has(row, "input") else ""
+    question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
+    answer = fields.text(row, "output", may_be_empty=False)
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return Messages(with_system(turns, None, _system(fields, row))[0])
 
 
-def _nearest(name: str, row: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, list(row), n=1)
-    return f'; did you mean "{close[0]}"?' if close else ""
+def _read_messages(fields: RowFormat, row: Mapping[str, Any]) -> Messages:
+    column = _REQUIRED[fields.name][0]
+    turns, weights = read_turns(fields.value(row, column), fields.title(column))
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise BadRow("no message of the assistant: there is nothing to train on")
+    turns, weights = with_system(turns, weights, _system(fields, row))
+    return Messages(turns, read_tools(fields.value(row, "tools") if fields.has(row, "tools") else None), weights)
+
+
+def _read_text(fields: RowFormat, row: Mapping[str, Any]) -> PlainText:
+    return PlainText(fields.text(row, "text", may_be_empty=False))
+
+
+def _read_text_label(fields: RowFormat, row: Mapping[str, Any]) -> TextLabel:
+    label = fields.value(row, "label")
+    if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
+        raise BadRow(f'the field "{fields.title("label")}" must be a whole number or a name')
+    if isinstance(label, str):
+        require_text(label, fields.title("label"))
+    return TextLabel(fields.text(row, "text", may_be_empty=False), str(label))
+
+
+def _system(fields: RowFormat, row: Mapping[str, Any]) -> str:
+    return fields.text(row, "system") if fields.has(row, "system") else ""
+
+
+_READERS: dict[str, Callable[[RowFormat, Mapping[str, Any]], Shape]] = {
+    "prompt_completion": _read_prompt_completion,
+    "alpaca": _read_alpaca,
+    "messages": _read_messages,
+    "sharegpt": _read_messages,
+    "text": _read_text,
+    "text_label": _read_text_label,
+    "preference": read_preference,
+}

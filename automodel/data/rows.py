@@ -1,10 +1,13 @@
-"""Prepared rows: token ids with labels, and what became of the rows that were read."""
+"""Prepared rows: token ids with labels on disk, and what became of the rows that were read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,61 @@ class Prompt:
 
 @dataclass
 class RowCounts:
-    """What became of the rows that were read."""
+    """What became of the rows that were read.
+
+    Attributes:
+        num_unsupervised: rows dropped because nothing supervised is left of them; the others of ``num_dropped`` were
+            too long for ``truncation=drop``.
+        num_bad: damaged rows that were skipped; ``bad_rows`` names the first of them.
+    """
 
     num_rows_read: int = 0
     num_dropped: int = 0
+    num_unsupervised: int = 0
     num_truncated: int = 0
     num_label_tokens: int = 0
+    num_bad: int = 0
+    bad_rows: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RowStats:
+    """One entry for every example, in their order.
+
+    Attributes:
+        lengths: tokens, as cut; int32 [N].
+        num_supervised: supervised positions; int32 [N].
+        has_end: whether an end token is supervised, so that the row teaches to stop; bool [N].
+        hashes: of the token ids and labels, to find rows that come again; int64 [N].
+    """
+
+    lengths: np.ndarray
+    num_supervised: np.ndarray
+    has_end: np.ndarray
+    hashes: np.ndarray
+
+
+class Prompts(Sequence[Prompt]):
+    """A prompt for each example, read from disk when it is asked for."""
+
+    def __init__(self, table: Any, limit: int | None = None) -> None:
+        self._table = table
+        self._num_rows = len(table) if limit is None else min(limit, len(table))
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            if index.start or index.step not in (None, 1):
+                return [self[number] for number in range(*index.indices(len(self)))]
+            return Prompts(self._table, len(range(*index.indices(len(self)))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return Prompt(**self._table[index % len(self)])
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return (self[number] for number in range(len(self)))
 
 
 @dataclass(frozen=True)
@@ -38,15 +90,18 @@ class SFTRows:
 
     Attributes:
         examples: map-style rows of ``input_ids`` and ``labels``, both [T]; ``labels[t]`` is what position ``t``
-            must predict (the next token), or -100.
-        prompts: a generation prompt for each row, in the rows' order.
+            must predict (the next token), or -100. With ``loss_weights`` [T] where a message has a weight of its own.
+        prompts: a generation prompt for each row, in the rows' order; empty unless they were asked for.
+        format_name: what the rows were recognised as.
     """
 
     name: str
-    examples: Sequence[dict[str, Any]]
-    prompts: list[Prompt]
+    examples: Any
+    prompts: Sequence[Prompt]
     fingerprint: str
-    counts: RowCounts = field(default_factory=RowCounts)
+    counts: RowCounts
+    stats: RowStats
+    format_name: str
 
 
 @dataclass(frozen=True)
@@ -58,7 +113,8 @@ class ClassificationRows:
     """
 
     name: str
-    examples: Sequence[dict[str, Any]]
+    examples: Any
     label_names: tuple[str, ...]
     fingerprint: str
-    counts: RowCounts = field(default_factory=RowCounts)
+    counts: RowCounts
+    stats: RowStats

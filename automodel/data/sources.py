@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 from automodel.data.formats import FormatName
-from automodel.data.prepare import PrepareOptions, ReadRow
-from automodel.data.readers import Row, local_files, read_jsonl
-from automodel.data.tokenize import Truncation
+from automodel.data.prepare import OnBadRow, PrepareOptions, ReadRow
+from automodel.data.readers import Position, Row, count_rows, local_files, read_files
+from automodel.data.split import parse_split
+from automodel.data.tokenize import Supervise, Truncation
 from automodel.types import UserError
+
+
+class RowStream:
+    """Rows one by one, with the place where the next one begins, so that reading can go on there later."""
+
+    def __init__(self, rows: Iterator[ReadRow], position: Any) -> None:
+        self._rows = rows
+        self.position = position
+
+    def __iter__(self) -> Iterator[ReadRow]:
+        return self._rows
 
 
 @dataclass(frozen=True)
@@ -21,6 +34,8 @@ class DemoDataset:
     limit: int | None = None
     max_length: int = 2048
     truncation: Truncation = "right"
+
+    streaming = False
 
     @property
     def display_name(self) -> str:
@@ -33,82 +48,163 @@ class DemoDataset:
             fields = {"text": row["prompt"], "label": row["kind"]} if is_classification else row
             yield Row(f"{self.display_name}:{number}", fields)
 
+    def identity(self) -> Any:
+        import hashlib
+
+        from automodel.data import demo
+
+        with open(demo.__file__, "rb") as source:
+            return ["demo", self.split, hashlib.sha256(source.read()).hexdigest()]
+
+    def num_bytes(self) -> int | None:
+        return None
+
     def options(self, model_max_length: int | None) -> PrepareOptions:
         return PrepareOptions(
             limit=self.limit, max_length=shorter(self.max_length, model_max_length), truncation=self.truncation
         )
 
 
-@dataclass(frozen=True)
-class JsonlDataset:
-    """Rows of local JSON Lines files; what ``dataset=jsonl`` configures."""
+@dataclass(frozen=True, kw_only=True)
+class _RowKeys:
+    """The keys that say what the rows of a file or of the hub become."""
 
-    path: str
+    split: str = "train"
     format: FormatName = "auto"
     columns: dict[str, str | None] = field(default_factory=dict)
     limit: int | None = None
+    on_bad_row: OnBadRow = "stop"
     max_length: int = 2048
     truncation: Truncation = "right"
+    supervise: Supervise = "all"
     chat_template: str | None = None
+    num_proc: int | None = None
+    streaming: bool = False
+    buffer_rows: int = 10_000
+
+    def options(self, model_max_length: int | None) -> PrepareOptions:
+        return PrepareOptions(
+            limit=self.limit,
+            max_length=shorter(self.max_length, model_max_length),
+            truncation=self.truncation,
+            format=self.format,
+            columns=self.columns,
+            chat_template=self.chat_template,
+            supervise=self.supervise,
+            on_bad_row=self.on_bad_row,
+            num_proc=self.num_proc,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonlDataset(_RowKeys):
+    """Rows of local files; what ``dataset=jsonl`` configures."""
+
+    path: str
 
     @property
     def display_name(self) -> str:
         return self.path
 
     def rows(self, *, is_classification: bool) -> Iterable[ReadRow]:
+        start, stop = self._bounds()
+        return (row for row, _ in islice(read_files(self._files()), start, stop))
+
+    def stream(self, position: Any = None) -> RowStream:
+        """Return the rows from ``position`` on, which an earlier stream of the same files gave."""
+        start, stop = self._bounds()
+        done, begin = (0, Position()) if position is None else (position[0], Position(*position[1]))
+        stream = RowStream(iter(()), [done, list(begin)])
+
+        def rows() -> Iterator[ReadRow]:
+            for number, (row, after) in enumerate(read_files(self._files(), begin), start=done):
+                if stop is not None and number >= stop:
+                    return
+                stream.position = [number + 1, list(after)]
+                if number >= start:
+                    yield row
+
+        stream._rows = rows()
+        return stream
+
+    def identity(self) -> Any:
+        stats = [(file.resolve(), file.stat()) for file in self._files()]
+        return [
+            self.split,
+            [[str(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino] for file, stat in stats],
+        ]
+
+    def num_bytes(self) -> int | None:
+        return sum(file.stat().st_size for file in self._files())
+
+    def _files(self) -> list[Any]:
         files = local_files(self.path)
         if not files:
-            raise UserError(f"dataset.path={self.path} does not exist, or holds no .jsonl file")
-        return read_jsonl(files)
+            raise UserError(f"dataset.path={self.path} does not exist, or holds no file of rows")
+        return files
 
-    def options(self, model_max_length: int | None) -> PrepareOptions:
-        return PrepareOptions(
-            limit=self.limit,
-            max_length=shorter(self.max_length, model_max_length),
-            truncation=self.truncation,
-            format=self.format,
-            columns=self.columns,
-            chat_template=self.chat_template,
-        )
+    def _bounds(self) -> tuple[int, int | None]:
+        chosen = parse_split(self.split)
+        return chosen.bounds(count_rows(self._files()) if chosen.needs_count else None)
 
 
-@dataclass(frozen=True)
-class HFDataset:
+@dataclass(frozen=True, kw_only=True)
+class HFDataset(_RowKeys):
     """Rows of a data set on the hub; what ``dataset=hf`` configures."""
 
     path: str
     name: str | None = None
-    split: str = "train"
-    format: FormatName = "auto"
-    columns: dict[str, str | None] = field(default_factory=dict)
-    limit: int | None = None
-    max_length: int = 2048
-    truncation: Truncation = "right"
-    chat_template: str | None = None
+    revision: str | None = None
 
     @property
     def display_name(self) -> str:
         return f"{self.path}[{self.split}]"
 
     def rows(self, *, is_classification: bool) -> Iterable[ReadRow]:
+        return self._named(self._load(streaming=False), first=1)
+
+    def stream(self, position: Any = None) -> RowStream:
+        """Return the rows from ``position`` on, which an earlier stream of the same data set gave."""
+        rows = self._load(streaming=True)
+        done, state = position or (0, None)
+        if state is not None:
+            rows.load_state_dict(state)
+        stream = _HubStream(self._named(rows, first=done + 1), rows, done)
+        return stream
+
+    def identity(self) -> Any:
+        return ["hub", self.path, self.name, self.revision, self.split, self._load(streaming=False)._fingerprint]
+
+    def num_bytes(self) -> int | None:
+        return None
+
+    def _named(self, rows: Iterable[dict[str, Any]], *, first: int) -> Iterator[ReadRow]:
+        return (Row(f"{self.display_name}:{number}", row) for number, row in enumerate(rows, start=first))
+
+    def _load(self, *, streaming: bool) -> Any:
         from datasets import load_dataset
 
         try:
-            rows: Any = load_dataset(self.path, self.name, split=self.split)
+            return load_dataset(self.path, self.name, split=self.split, revision=self.revision, streaming=streaming)
         except (OSError, ValueError) as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"dataset.path={self.path} cannot be loaded: {first}") from error
-        return (Row(f"{self.display_name}:{number}", row) for number, row in enumerate(rows, start=1))
 
-    def options(self, model_max_length: int | None) -> PrepareOptions:
-        return PrepareOptions(
-            limit=self.limit,
-            max_length=shorter(self.max_length, model_max_length),
-            truncation=self.truncation,
-            format=self.format,
-            columns=self.columns,
-            chat_template=self.chat_template,
-        )
+
+class _HubStream(RowStream):
+    """Rows of a streamed hub data set, which knows its place itself."""
+
+    def __init__(self, rows: Iterator[ReadRow], dataset: Any, done: int) -> None:
+        self._rows, self._dataset, self._done = self._counted(rows), dataset, done
+
+    def _counted(self, rows: Iterator[ReadRow]) -> Iterator[ReadRow]:
+        for row in rows:
+            self._done += 1
+            yield row
+
+    @property
+    def position(self) -> Any:
+        return [self._done, self._dataset.state_dict()]
 
 
 def shorter(max_length: int, model_max_length: int | None) -> int:

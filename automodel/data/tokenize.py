@@ -1,35 +1,36 @@
-"""From text to token ids with supervised positions, cut to length."""
+"""From a row's shape to token ids with their loss weights, cut to length."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
-from automodel.data.formats import PromptCompletion
+from automodel.data.chat import tokenize_messages
+from automodel.data.encode import Tokens, leading_ids, require_eos, tokenize_text
+from automodel.data.formats import Messages, PlainText, PromptCompletion
 from automodel.data.readers import BadRow
-from automodel.types import IGNORE_INDEX, UserError
+from automodel.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Truncation = Literal["right", "left", "drop", "error"]
+Supervise = Literal["all", "last"]
 
 
-class Tokens(NamedTuple):
-    """Token ids, whether each is supervised, and how many of them stand before the (last) answer."""
+def tokenize_shape(
+    tokenizer: PreTrainedTokenizerBase, shape: PromptCompletion | Messages | PlainText, *, supervise: Supervise = "all"
+) -> Tokens:
+    """Tokenise a row; ``supervise`` says whether all answers of a conversation count, or the last alone.
 
-    ids: list[int]
-    is_supervised: list[bool]
-    num_prompt: int
-
-
-def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the ids of a user's text; what looks like a special token in it stays text."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-
-
-def tokenize_template(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the ids of text that a chat template wrote; the special tokens in it are read as such."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"]
+    Raises:
+        BadRow: see `tokenize_messages`.
+        UserError: the tokenizer has no eos token.
+    """
+    if isinstance(shape, PromptCompletion):
+        return tokenize_completion(tokenizer, shape)
+    if isinstance(shape, PlainText):
+        return tokenize_plain_text(tokenizer, shape)
+    return tokenize_messages(tokenizer, shape, supervise=supervise)
 
 
 def tokenize_input(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int], list[int]]:
@@ -41,29 +42,6 @@ def tokenize_input(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[
     return whole[:start], inner, whole[start + len(inner) :]
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the tokens that stand for no text: bos, eos, ends of turns..."""
-    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return list(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
-
-
-def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return what the tokenizer itself puts before a text: its bos token, or nothing."""
-    ids = tokenizer("", add_special_tokens=True)["input_ids"]
-    return [i for i in ids[:1] if i == tokenizer.bos_token_id]
-
-
-def require_eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id that ends an answer.
-
-    Raises:
-        UserError: the tokenizer has none, so that the model could never learn to stop.
-    """
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no eos token, so the model could not learn to end an answer")
-    return tokenizer.eos_token_id
-
-
 def tokenize_completion(tokenizer: PreTrainedTokenizerBase, row: PromptCompletion) -> Tokens:
     """Tokenise prompt and completion apart, so that no token spans both; the completion and eos are supervised.
 
@@ -73,8 +51,12 @@ def tokenize_completion(tokenizer: PreTrainedTokenizerBase, row: PromptCompletio
     if prompt and not prompt[-1].isspace() and not row.completion[0].isspace():
         prompt += "\n"
     before = leading_ids(tokenizer) + tokenize_text(tokenizer, prompt)
-    answer = [*tokenize_text(tokenizer, row.completion), require_eos(tokenizer)]
-    return Tokens(before + answer, [False] * len(before) + [True] * len(answer), len(before))
+    return _ended(tokenizer, before, tokenize_text(tokenizer, row.completion))
+
+
+def tokenize_plain_text(tokenizer: PreTrainedTokenizerBase, row: PlainText) -> Tokens:
+    """Tokenise a text for continued pre-training: all of it and eos are supervised, a bos before it is not."""
+    return _ended(tokenizer, leading_ids(tokenizer), tokenize_text(tokenizer, row.text))
 
 
 def cut(tokens: Tokens, *, max_length: int, truncation: Truncation) -> Tokens | None:
@@ -93,18 +75,32 @@ def cut(tokens: Tokens, *, max_length: int, truncation: Truncation) -> Tokens | 
         )
     if truncation == "drop":
         return None
-    if truncation == "left":
-        return Tokens(tokens.ids[excess:], tokens.is_supervised[excess:], max(0, tokens.num_prompt - excess))
-    return Tokens(tokens.ids[:max_length], tokens.is_supervised[:max_length], min(max_length, tokens.num_prompt))
+    first = excess if truncation == "left" else 0
+    end = None if tokens.end is None else tokens.end - first
+    return Tokens(
+        tokens.ids[first : first + max_length],
+        tokens.weights[first : first + max_length],
+        min(max(0, tokens.num_prompt - first), max_length),
+        end if end is not None and 0 <= end < max_length else None,
+    )
 
 
 def shifted_example(tokens: Tokens) -> dict[str, Any] | None:
     """Return ``input_ids`` and ``labels`` (what each position must predict), or None if nothing is supervised.
 
-    The first token is predicted by nothing, so that its own supervision does not count.
+    ``loss_weights`` (a float for each position, as the labels) comes with them only where a weight is neither 0
+    nor 1. The first token is predicted by nothing, so that its own supervision does not count.
     """
-    supervised = zip(tokens.ids[1:], tokens.is_supervised[1:], strict=True)
-    labels = [i if keep else IGNORE_INDEX for i, keep in supervised] + [IGNORE_INDEX]
-    if all(label == IGNORE_INDEX for label in labels):
+    weights = [*tokens.weights[1:], 0.0]
+    if not any(weights):
         return None
-    return {"input_ids": tokens.ids, "labels": labels}
+    following = [*tokens.ids[1:], IGNORE_INDEX]
+    labels = [i if weight else IGNORE_INDEX for i, weight in zip(following, weights, strict=True)]
+    example = {"input_ids": tokens.ids, "labels": labels}
+    return example if all(weight in (0.0, 1.0) for weight in weights) else example | {"loss_weights": weights}
+
+
+def _ended(tokenizer: PreTrainedTokenizerBase, before: list[int], supervised: list[int]) -> Tokens:
+    ids = [*before, *supervised, require_eos(tokenizer)]
+    weights = [0.0] * len(before) + [1.0] * (len(supervised) + 1)
+    return Tokens(ids, weights, len(before), len(ids) - 1)

@@ -76,6 +76,14 @@ class FirstRankPerNode(ContextDecorator):
         return False
 
 
+def node_group(timeout: timedelta = TEN_HOURS) -> dist.ProcessGroup:
+    """Return a new gloo group of the ranks of this node, in their order; every rank of the job must call it."""
+    nodes: list = [None] * dist.get_world_size()
+    rank = dist.get_rank()
+    dist.all_gather_object(nodes, _node(rank, get_local_rank_preinit()))
+    return _create_gloo_group(timeout, [other for other, node in enumerate(nodes) if node == nodes[rank]])
+
+
 def barrier_and_log(string: str) -> None:
     """Wait for all ranks, then log ``string`` on the main rank; every rank must call it."""
     if dist.is_initialized():

@@ -24,6 +24,16 @@ def find_wrapper(model: nn.Module) -> nn.Module | None:
     return None
 
 
+def reshard(model: nn.Module) -> None:
+    """Have FSDP2 give gathered parameters back: after a forward without a backward the outermost ones stay whole.
+
+    An optimizer that is built then would hold the whole ones, and update them to no effect.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def is_megatron_fsdp(module: nn.Module | None) -> bool:
     """Return whether ``module`` is MegatronFSDP's wrapper; imports nothing."""
     package = sys.modules.get("megatron_fsdp")

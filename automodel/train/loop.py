@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from automodel.checkpoint.training import Checkpointer, TrainState
+from automodel.data.loader import Loader
 from automodel.distributed.ordering import collective_timeout, set_collective_timeout
 from automodel.distributed.reduce import read
 from automodel.distributed.watchdog import mark
@@ -59,7 +60,8 @@ class TrainLoop:
     """Everything that the loop needs, built by a recipe; ``run`` trains until the last step.
 
     Attributes:
-        epoch_batches: (epoch, first step of it) -> for each step its micro-batches, as many on every rank.
+        loader: the steps' micro-batches, as many on every rank, from where it stands; its place is saved with
+            every checkpoint.
         evaluators: run at every validation step, before a checkpoint.
         checkpointer: None where no training checkpoints are wanted.
         metrics_size: the length in bytes of the metrics file, noted in every checkpoint.
@@ -72,7 +74,7 @@ class TrainLoop:
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     steps: StepScheduler
-    epoch_batches: Callable[[int, int], Any]
+    loader: Loader
     step_config: StepConfig
     evaluators: Sequence[Evaluator]
     checkpointer: Checkpointer | None
@@ -96,21 +98,20 @@ class TrainLoop:
         self.model.train()
         first_step = self.steps.step + 1
         with StopRequest() as stop, progress(self.steps.total_steps, description="training") as bar:
-            for epoch, steps_done in self.steps.remaining_epochs():
-                batches = iter(self.epoch_batches(epoch, steps_done))
-                while True:
-                    mark("training", step=self.steps.step + 1)
-                    with self.meter.training():
-                        micro_batches = next(batches, None)
-                        if micro_batches is None or self.steps.is_last_step:
-                            break
-                        result, lr = self._train_step(micro_batches, stop)
-                    if self.steps.step == first_step:
-                        set_collective_timeout(self.timeouts.training)
-                    if self.steps.is_log_step:
-                        self._log(result, lr)
-                    bar.update(self.steps.step, f"loss {self._last_loss:.4f}")
-                    self._evaluate_and_save(result)
+            batches = iter(self.loader)
+            while not self.steps.is_last_step:
+                mark("training", step=self.steps.step + 1)
+                with self.meter.training():
+                    result, lr = self._train_step(next(batches), stop)
+                if self.loader.is_exhausted and not self.steps.is_last_step:
+                    log.info("the rows end before step_scheduler.max_steps=%d", self.steps.total_steps)
+                    self.steps.end_here()
+                if self.steps.step == first_step:
+                    set_collective_timeout(self.timeouts.training)
+                if self.steps.is_log_step:
+                    self._log(result, lr)
+                bar.update(self.steps.step, f"loss {self._last_loss:.4f}")
+                self._evaluate_and_save(result)
             self._read_flag()
 
     def evaluate(self) -> None:
@@ -165,7 +166,7 @@ class TrainLoop:
         record = {
             "kind": "train",
             "step": self.steps.step,
-            "epoch": self.steps.epoch,
+            "epoch": self.loader.epoch,
             "loss": loss,
             "grad_norm": read(result.grad_norm),
             "lr": lr,
@@ -197,7 +198,8 @@ class TrainLoop:
 
     def _save(self) -> None:
         mark("saving", step=self.steps.step)
-        facts = self.resume_facts | {"step": self.steps.step, "metrics_size": self.metrics_size()}
+        place = {"step": self.steps.step, "loader": self.loader.state_dict(), "metrics_size": self.metrics_size()}
+        facts = self.resume_facts | place
         state = TrainState(self.model, self.optimizer, self.lr_scheduler)
         folder = self.checkpointer.save(state, progress=facts, rng=rng_state())
         log.info("checkpoint %s", folder)

@@ -130,13 +130,17 @@ def train_step(
 def _count_tokens(micro_batches: Sequence[Batch]) -> tuple[int, int]:
     """Return this rank's (supervised positions, tokens that are not padding), counted on the host.
 
-    A dummy has no supervised position, and its filler token does not count as a token either.
+    A dummy has no supervised position, and its filler token does not count as a token either. A packed batch has no
+    mask and brings its ``num_tokens``.
     """
     num_label_tokens = num_tokens = 0
     for batch in micro_batches:
         supervised = int((batch["labels"] != IGNORE_INDEX).sum())
         num_label_tokens += supervised
-        num_tokens += int(batch["attention_mask"].sum()) if supervised else 0
+        if "num_tokens" in batch:
+            num_tokens += int(batch["num_tokens"])
+        elif supervised:
+            num_tokens += int(batch["attention_mask"].sum())
     return num_label_tokens, num_tokens
 
 

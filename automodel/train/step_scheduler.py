@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -11,11 +10,12 @@ class StepScheduler:
     """Counts optimizer steps (from 1) and answers what is due after the current one.
 
     Attributes:
-        steps_per_epoch: optimizer steps that one pass over the rows takes.
-        step: optimizer steps done; the only state, from which epoch and position follow.
+        steps_per_epoch: optimizer steps that one pass over the rows takes; None for a stream, whose end is not
+            known before it comes, so that ``max_steps`` must be set.
+        step: optimizer steps done; the only state.
     """
 
-    steps_per_epoch: int
+    steps_per_epoch: int | None
     num_epochs: int
     max_steps: int | None = None
     val_every_steps: int | None = None
@@ -26,6 +26,8 @@ class StepScheduler:
     @property
     def total_steps(self) -> int:
         """Steps until the epochs or ``max_steps`` end, whichever is first."""
+        if self.steps_per_epoch is None:
+            return self.max_steps
         by_epochs = self.num_epochs * self.steps_per_epoch
         return by_epochs if self.max_steps is None else min(by_epochs, self.max_steps)
 
@@ -45,15 +47,9 @@ class StepScheduler:
     def is_ckpt_step(self) -> bool:
         return self.is_last_step or _divides(self.ckpt_every_steps, self.step)
 
-    @property
-    def epoch(self) -> int:
-        """The epoch (from 0) that the current step belongs to."""
-        return max(0, self.step - 1) // self.steps_per_epoch
-
-    def remaining_epochs(self) -> Iterator[tuple[int, int]]:
-        """Yield (epoch, number of its steps already done) until all steps are done."""
-        while not self.is_last_step:
-            yield divmod(self.step, self.steps_per_epoch)
+    def end_here(self) -> None:
+        """Make the current step the last."""
+        self.max_steps = self.step
 
     def count(self, every: int | None) -> int:
         """Return how often something due every ``every`` steps and at the end happens in the whole run."""

@@ -62,7 +62,7 @@ def run_layout(strategy: str, accumulation: int, defer: bool, task: Task) -> Res
     loader = _loader(rows_of(task), dp_rank=dp.rank, dp_size=dp.size, local=local, multiple=layout.length_multiple)
     config = StepConfig(torch.device("cpu"), dp.group, defer, 1.0 if task.is_clipped else None, nullcontext)
     losses, norms = [], []
-    for micro_batches in loader.epoch(0):
+    for micro_batches in loader.steps_of(0):
         result = train_step(model, micro_batches, loss_fn=CrossEntropy(), optimizer=optimizer, config=config)
         losses.append((result.loss_sum / max(1, result.num_label_tokens)).item())
         norms.append(result.grad_norm.item())

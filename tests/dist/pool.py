@@ -54,6 +54,7 @@ class RankPool:
 
 
 def _serve(rank: int, world_size: int, store: str, pipe: Any) -> None:
+    multiprocessing.current_process()._config["daemon"] = False  # so that a loader may start workers of its own
     import torch
     import torch.distributed as dist
 

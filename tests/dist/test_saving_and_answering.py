@@ -36,7 +36,7 @@ def steps(strategy: str, folder: str, *, first: int, last: int) -> tuple[list[fl
                          dp_rank=dp.rank, dp_size=dp.size, seed=0)  # fmt: skip
     config = StepConfig(torch.device("cpu"), dp.group, True, 1.0, nullcontext)
     losses = []
-    for micro_batches in list(loader.epoch(0))[first:last]:
+    for micro_batches in list(loader.steps_of(0))[first:last]:
         result = train_step(model, micro_batches, loss_fn=CrossEntropy(), optimizer=optimizer, config=config)
         schedule.step()
         losses.append((result.loss_sum / result.num_label_tokens).item())

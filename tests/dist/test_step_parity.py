@@ -26,6 +26,8 @@ class GradientCatcher(torch.optim.Optimizer):
         self.model, self.caught = model, None
 
     def step(self) -> None:
+        held = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        assert held == {id(parameter) for parameter in self.model.parameters()}, "these are not the trained ones"
         self.caught = {clean_name(n): full(p.grad).clone() for n, p in self.model.named_parameters()}
 
 
@@ -60,7 +62,7 @@ def one_step(
     )
     config = StepConfig(torch.device("cpu"), dp.group, defer, clip, nullcontext)
     catcher = GradientCatcher(model)
-    (micro_batches,) = loader.epoch(0)
+    (micro_batches,) = loader.steps_of(0)
     result = train_step(model, micro_batches, loss_fn=CrossEntropy(), optimizer=catcher, config=config)
     return (result.loss_sum / result.num_label_tokens).item(), result.grad_norm.item(), catcher.caught
 

@@ -132,7 +132,7 @@ def test_special_tokens_in_messages_stay_text(tmp_path, minimind):
 
 def test_marker_characters_in_a_message_are_refused(tmp_path, minimind):
     turns = [{"role": "user", "content": "a\ufdd0"}, {"role": "assistant", "content": "b"}]
-    with pytest.raises(UserError, match=r"rows\.jsonl:1: holds U\+FDD0"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: holds U\+FDD0 to U\+FDD4"):
         load(tmp_path, turns, minimind)
 
 
@@ -188,15 +188,25 @@ def test_turns_after_the_last_answer_are_not_supervised(tmp_path, minimind):
 
 
 @pytest.mark.parametrize(
-    "template",
+    ("template", "text", "answers"),
     [
-        "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
-        "{% for m in messages %}{% if loop.last %}last: {% endif %}{{ m.content }}{% endfor %}",
+        (
+            "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
+            "5Be brief.One?1.Two?2.\n\nTwo.",
+            ["1.", "2.\n\nTwo.</s>"],
+        ),
+        (
+            "{% for m in messages %}{% if loop.last %}last: {% endif %}{{ m.content }}{% endfor %}",
+            "Be brief.One?1.Two?last: 2.\n\nTwo.",
+            ["1.", "last: 2.\n\nTwo.</s>"],  # no generation prompt writes it, so the model must
+        ),
     ],
 )
-def test_template_that_renders_a_beginning_otherwise_is_refused(tmp_path, template):
-    with pytest.raises(UserError, match=r"rows\.jsonl:1: the chat template renders message \d otherwise"):
-        load(tmp_path, CONVERSATION, build_char_tokenizer(), chat_template=template_file(tmp_path, template))
+def test_template_that_renders_a_beginning_otherwise_is_told_apart(tmp_path, template, text, answers):
+    tokenizer = build_char_tokenizer()
+    (example,) = load(tmp_path, CONVERSATION, tokenizer, chat_template=template_file(tmp_path, template)).examples
+    assert tokenizer.decode(example["input_ids"]) == text + "</s>"
+    assert pieces(tokenizer, example) == answers
 
 
 @pytest.mark.parametrize(
@@ -205,7 +215,7 @@ def test_template_that_renders_a_beginning_otherwise_is_refused(tmp_path, templa
         ("{% for m in messages %}", "the chat template is not valid jinja: line 1"),
         ("{{ raise_exception('no system') }}", r"rows\.jsonl:1: the chat template cannot render this row: no system"),
         ("{{ messages[0].content + 1 }}", r"rows\.jsonl:1: the chat template cannot render this row"),
-        ("always the same", "renders nothing of what the assistant wrote"),
+        ("always the same", r"rows\.jsonl:1: the chat template leaves out message 1 \(role system\)"),
     ],
 )
 def test_template_that_fails_is_a_plain_error(tmp_path, template, expected):

@@ -2,12 +2,13 @@
 
 import pytest
 
-from automodel.data.formats import Messages, PromptCompletion, TextLabel, UnknownFormat, choose_format
+from automodel.data.formats import Messages, PlainText, PromptCompletion, TextLabel, UnknownFormat, choose_format
+from automodel.data.preference import Preference
 from automodel.data.readers import BadRow
 
 
-def read(row, *, name="auto", is_classification=False, **columns):
-    chosen = choose_format(name, columns, row=row, is_classification=is_classification)
+def read(row, *, name="auto", is_classification=False, is_preference=False, **columns):
+    chosen = choose_format(name, columns, row=row, is_classification=is_classification, is_preference=is_preference)
     return chosen.read(row)
 
 
@@ -57,10 +58,182 @@ def test_null_content_is_allowed_for_a_tool_call_alone():
 
 @pytest.mark.parametrize("tools", [[{"name": "f"}], '[{"name": "f"}]'])
 def test_tools_are_read_as_a_list_or_as_json_text(tools):
-    assert read({"messages": [{"role": "assistant", "content": "a"}], "tools": tools}).tools == [{"name": "f"}]
+    assert read({"messages": [{"role": "assistant", "content": "a"}], "tools": tools}).tools == [
+        {"type": "function", "function": {"name": "f"}}
+    ]
 
 
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+WORSE = {"role": "assistant", "content": "c"}
+THOUGHT, TEXT = {"type": "reasoning", "text": "b"}, {"type": "text", "text": "c"}
+
+
+def calling(name, arguments):
+    return {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+
+
+CALLED = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+
+
+@pytest.mark.parametrize(
+    ("turn", "expected"),
+    [
+        (calling("f", '{"x": 1}'), {"content": "", "tool_calls": CALLED}),
+        (
+            {"content": [{"type": "tool_call", "value": '{"name": "f", "arguments": {"x": 1}}'}]},
+            {"content": "", "tool_calls": CALLED},
+        ),
+        ({"content": [THOUGHT, TEXT]}, {"content": "c", "reasoning_content": "b"}),
+        ({"content": "b", "name": None, "weight": 1.0, "id": "7"}, {"content": "b", "id": "7"}),
+    ],
+)
+def test_assistants_turn_is_brought_to_what_templates_take(turn, expected):
+    assert read({"messages": [USER, {"role": "assistant"} | turn]}).turns[1] == {"role": "assistant"} | expected
+
+
+def test_sharegpt_roles_become_those_of_templates():
+    said = [("system", "s"), ("human", "q"), ("function_call", '{"name": "f", "arguments": {"x": 1}}')]
+    said += [("observation", "1"), ("gpt", "a")]
+    row = {"conversations": [{"from": role, "value": text} for role, text in said], "tools": "[]"}
+    assert read(row) == Messages(
+        [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "", "tool_calls": CALLED},
+            {"role": "tool", "content": "1"},
+            {"role": "assistant", "content": "a"},
+        ]
+    )
+    assert read({"conversations": [USER, ASSISTANT], "system": "s"}).turns == [
+        {"role": "system", "content": "s"}, USER, ASSISTANT
+    ]  # fmt: skip
+    assert read({"messages": [{"role": "developer", "content": "s"}, ASSISTANT]}).turns[0]["role"] == "system"
+
+
+def test_weights_are_kept_beside_the_turns():
+    row = {"messages": [USER | {"loss_weight": 0.0}, ASSISTANT, USER, ASSISTANT | {"weight": 0.5}]}
+    assert read(row) == Messages([USER, ASSISTANT, USER, ASSISTANT], None, [0.0, None, None, 0.5])
+    assert read({"messages": [USER, ASSISTANT]}).weights is None
+
+
+@pytest.mark.parametrize("extra", [{}, {"id": 3, "url": "u"}])
+def test_text_alone_is_text_to_pretrain_on(extra):
+    assert read({"text": "t"} | extra) == PlainText("t")
+
+
+@pytest.mark.parametrize("extra", [{"label": 1}, {"title": "t"}])
+def test_text_with_more_that_may_be_learnt_is_not_guessed(extra):
+    with pytest.raises(UnknownFormat, match=r"fields: text, .* of no known format.*dataset\.columns"):
+        read({"text": "t"} | extra)
+    assert read({"text": "t"} | extra, name="text") == read({"text": "t"} | extra, text="text") == PlainText("t")
+
+
+PAIR = Preference([USER], [ASSISTANT], [WORSE])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [WORSE]},
+        {"chosen": [USER, ASSISTANT], "rejected": [USER, WORSE]},
+        {"prompt": "a", "chosen": [USER, ASSISTANT], "rejected": [USER, WORSE]},
+        {"messages": [USER], "chosen": ASSISTANT, "rejected": WORSE},
+        {"chosen_messages": [USER, ASSISTANT], "rejected_messages": [USER, WORSE]},
+        {
+            "conversations": [{"from": "human", "value": "a"}],
+            "chosen": {"from": "gpt", "value": "b"},
+            "rejected": {"from": "gpt", "value": "c"},
+        },
+    ],
+)
+def test_preference_pairs_are_read_for_their_recipe_and_refused_by_others(row):
+    assert read(row, is_preference=True) == PAIR
+    with pytest.raises(UnknownFormat, match=r"preference pairs.*dataset\.columns\.completion"):
+        read(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"chosen": "b", "rejected": "c"}, r"no prompt.*dataset\.columns\.prompt"),
+        ({"chosen": [USER, ASSISTANT], "rejected": [WORSE]}, "do not begin with the same prompt"),
+        ({"chosen": [USER, ASSISTANT], "rejected": [USER, USER]}, "do not begin with the same prompt"),
+        ({"prompt": "x", "chosen": [USER, ASSISTANT], "rejected": [USER, WORSE]}, "the prompt is not the one"),
+    ],
+)
+def test_pair_without_a_certain_prompt_is_refused(row, expected):
+    with pytest.raises(BadRow, match=expected):
+        read(row, is_preference=True)
+
+
+def test_chosen_answers_can_be_trained_on_by_mapping():
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert read(row, prompt="prompt", completion="chosen") == PromptCompletion("a", "b")
+
+
+def test_messages_with_a_boolean_label_are_not_guessed():
+    row = {"messages": [USER, ASSISTANT], "label": False}
+    with pytest.raises(UnknownFormat, match=r"boolean label.*choose dataset\.format=messages to train on all"):
+        read(row)
+    assert read(row, name="messages") == Messages([USER, ASSISTANT])
+
+
+NESTED = {"context": "c", "question": "q", "answers": {"text": ["a", "b"], "start": [3]}, "n": 2, "flag": True}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        ("{context}\n\n{question}", "c\n\nq"),
+        ("{answers[text][0]}", "a"),
+        ("{answers[text][1]}!", "b!"),
+        ("{n}", "2"),
+        ("{answers[start][0]} of {n}", "3 of 2"),
+        ("{{{question}}}", "{q}"),
+    ],
+)
+def test_column_may_be_a_pattern_over_fields(pattern, text):
+    assert read(NESTED, prompt="question", completion=pattern) == PromptCompletion("q", text)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("{question.__class__}", "must be a field's name"),
+        ("{answers[text].__len__}", "must be a field's name"),
+        ("{question!r}", "must be a field's name"),
+        ("{n:>10}", "must be a field's name"),
+        ("{}", "must be a field's name"),
+        ("{question", "is no pattern"),
+        ("{contxt}", 'no field "contxt".*did you mean "context"'),
+    ],
+)
+def test_pattern_that_is_none_is_refused_with_its_key(pattern, expected):
+    with pytest.raises(UnknownFormat, match=expected) as caught:
+        read(NESTED, prompt="question", completion=pattern)
+    assert "dataset.columns.completion" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("{answers[texts][0]}", 'no "texts" in "answers"'),
+        ("{answers[text][2]}", r'no "2" in "answers\[text\]"'),
+        ("{answers[text][a]}", 'no "a" in'),
+        ("{question[0]}", 'no "0" in "question"'),
+        ("so {answers[text]}", "must be text or a number"),
+        ("{answers[text]}", "must be text, not"),
+        ("{flag}", "must be text, not"),
+    ],
+)
+def test_value_that_a_pattern_does_not_find_is_a_bad_row(pattern, expected):
+    with pytest.raises(BadRow, match=expected):
+        read(NESTED, prompt="question", completion=pattern)
+
+
+def test_pattern_of_one_reference_may_stand_for_messages():
+    assert read({"data": {"turns": [USER, ASSISTANT]}}, messages="{data[turns]}") == Messages([USER, ASSISTANT])
 
 
 @pytest.mark.parametrize(
@@ -73,9 +246,25 @@ USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "conte
         ({"messages": [USER, {"role": "bot", "content": "b"}]}, "message 2 has the role 'bot'"),
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, "the assistant's content is empty"),
         ({"messages": [USER, {"role": "assistant", "content": [{"type": "image"}]}]}, "type 'image' is not supported"),
-        ({"messages": [USER, {"role": "assistant", "content": [{"type": "reasoning", "text": "b"}]}]}, "'reasoning'"),
-        ({"messages": [USER, ASSISTANT | {"loss_weight": 0.0}]}, r"message 2: loss_weight=0\.0 is not supported"),
-        ({"messages": [USER | {"weight": 1}, ASSISTANT]}, "message 1: weight=1 is not supported"),
+        ({"messages": [{"role": "user", "content": [THOUGHT]}, ASSISTANT]}, "'reasoning' is the assistant's, not the"),
+        ({"messages": [USER, {"role": "assistant", "content": [THOUGHT]}]}, "the assistant's content is empty"),
+        ({"messages": [USER, {"role": "assistant", "content": [TEXT, THOUGHT]}]}, "must stand in this order"),
+        (
+            {"messages": [USER, ASSISTANT | {"loss_weight": -1}]},
+            "message 2: loss_weight=-1 must be a number that is not",
+        ),
+        ({"messages": [USER | {"weight": True}, ASSISTANT]}, "message 1: weight=True must be a number"),
+        ({"messages": [USER, ASSISTANT | {"weight": 1, "loss_weight": 0.5}]}, "weight and loss_weight differ"),
+        ({"messages": [USER | {"tool_calls": [{"name": "f"}]}, ASSISTANT]}, "tool_calls are the assistant's"),
+        ({"messages": [USER, ASSISTANT | {"tool_calls": [{"id": "1"}]}]}, "a tool call must have a name"),
+        ({"messages": [USER, calling("f", "a")]}, "the arguments of 'f' is text, but not JSON"),
+        ({"messages": [USER, calling("f", "[1]")]}, "the arguments of 'f' must be an object"),
+        ({"messages": [{"role": "system", "content": "a"}, ASSISTANT], "system": "b"}, "a system field, and a message"),
+        ({"conversations": [{"from": "alien", "value": "b"}]}, "message 1 has the role 'alien'"),
+        ({"conversations": [{"from": "gpt", "value": None}]}, "message 1: value"),
+        ({"conversations": [{"from": "function_call", "value": "f(1)"}]}, "the tool call is text, but not JSON"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, '"history" is not supported'),
+        ({"text": " "}, 'the field "text" is empty'),
         ({"messages": [USER, ASSISTANT], "tools": "search"}, 'the field "tools" is text, but not JSON'),
         ({"messages": [USER, ASSISTANT], "tools": {"name": "f"}}, 'the field "tools" must be a list of objects'),
         ({"instruction": "", "output": "x"}, 'the field "instruction" is empty'),
@@ -116,7 +305,10 @@ def test_mapped_field_that_is_not_there_is_named_with_its_key_and_the_nearest_fi
 
 @pytest.mark.parametrize(
     ("name", "is_classification", "takes"),
-    [("text_label", False, "messages or prompt_completion or alpaca"), ("alpaca", True, "text_label")],
+    [
+        ("text_label", False, "messages or sharegpt or prompt_completion or alpaca or text"),
+        ("alpaca", True, "text_label"),
+    ],
 )
 def test_format_of_another_recipe_is_refused(name, is_classification, takes):
     with pytest.raises(UnknownFormat, match=f"dataset.format={name} does not suit this recipe; it takes {takes}"):

@@ -36,7 +36,7 @@ def row_numbers(batch) -> list[int]:
 def steps_of(rows, *, size, local, world, epoch=0, start_step=0, **options) -> list[list[int]]:
     """Return the rows of every step over all ranks, in the order in which one rank would take them."""
     ranks = [
-        list(loader_of(rows, size=size, local=local, rank=rank, world=world, **options).epoch(epoch, start_step))
+        list(loader_of(rows, size=size, local=local, rank=rank, world=world, **options).steps_of(epoch, start_step))
         for rank in range(world)
     ]
     steps = []
@@ -71,11 +71,11 @@ def test_order_is_the_same_in_another_process_with_another_hash_seed():
     code = (
         "from automodel.data.loader import TrainLoader\n"
         "loader = TrainLoader([0] * 20, collate=list, global_batch_size=20, local_batch_size=20, dp_rank=0, dp_size=1, "
-        "seed=7)\nprint(loader.global_batches(3)[0])"
+        "seed=7)\nprint(next(loader.global_batches(3)))"
     )
     env = os.environ | {"PYTHONHASHSEED": "12345", "PYTHONPATH": os.pathsep.join(sys.path)}
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
-    assert out.strip() == str(loader_of(make_rows(20), size=20, local=20, seed=7).global_batches(3)[0])
+    assert out.strip() == str(next(loader_of(make_rows(20), size=20, local=20, seed=7).global_batches(3)))
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63, 2**80])
@@ -98,13 +98,13 @@ def test_resuming_reads_no_row_that_was_skipped():
             Counting.reads += 1
             return super().__getitem__(index)
 
-    list(loader_of(Counting(make_rows(1000)), size=10, local=5).epoch(0, start_step=98))
+    list(loader_of(Counting(make_rows(1000)), size=10, local=5).steps_of(0, start_step=98))
     assert Counting.reads == 20
 
 
 def test_short_last_batch_is_padded_with_dummies_so_that_ranks_agree():
     rows = make_rows(13)  # one row is left for two ranks
-    last = [list(loader_of(rows, size=12, local=3, rank=rank, world=2).epoch(0))[-1] for rank in range(2)]
+    last = [list(loader_of(rows, size=12, local=3, rank=rank, world=2).steps_of(0))[-1] for rank in range(2)]
     assert [len(micro_batches) for micro_batches in last] == [1, 1]
     assert [len(row_numbers(micro_batches[0])) for micro_batches in last] == [1, 0]
     assert last[1][0]["input_ids"].tolist() == [[PAD]]
@@ -114,7 +114,7 @@ def test_short_last_batch_is_padded_with_dummies_so_that_ranks_agree():
 
 def test_drop_last_drops_the_short_batch_alone():
     loader = loader_of(make_rows(53), size=12, local=3, drop_last=True)
-    assert loader.steps_per_epoch == len(list(loader.epoch(0))) == 4
+    assert loader.steps_per_epoch == len(list(loader.steps_of(0))) == 4
     assert loader_of(make_rows(48), size=12, local=3, drop_last=True).steps_per_epoch == 4
     assert loader_of(make_rows(53), size=12, local=3).steps_per_epoch == 5
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("argv", "status", "words"),
     [
-        (["runn"], 2, "error: runn is not a verb; there are: run, check_parity; did you mean run?"),
+        (["runn"], 2, "error: runn is not a verb; there are: run, preview, check_parity; did you mean run?"),
         (["--help"], 0, "automodel VERB"),
         (["run", "--help"], 0, "step_scheduler"),
         (["run", "no_such_key=1"], 2, "no_such_key is not a known key"),

@@ -82,15 +82,11 @@ def test_what_is_due_at_each_step():
     assert (steps.count(4), steps.count(5), steps.count(None)) == (3, 2, 1)
 
 
-def test_epoch_and_position_follow_from_the_step():
-    steps = StepScheduler(5, num_epochs=3)
-    seen = []
-    for epoch, done in steps.remaining_epochs():
-        seen.append((epoch, done))
-        steps.step += 5 - done
-    assert seen == [(0, 0), (1, 0), (2, 0)]
-    steps.step = 7
-    assert next(steps.remaining_epochs()) == (1, 2) and steps.epoch == 1
+def test_a_stream_has_no_end_but_max_steps_until_it_comes():
+    steps = StepScheduler(None, num_epochs=3, max_steps=9, step=5)
+    assert steps.total_steps == 9 and not steps.is_last_step
+    steps.end_here()
+    assert steps.total_steps == 5 and steps.is_last_step
 
 
 def test_a_stop_signal_is_noted_and_the_handlers_come_back():

@@ -1,0 +1,240 @@
+"""``python -m automodel.preview``: show what a configuration would train on, and stop at what would train wrongly."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from automodel.config import Config, has_help, load_config
+from automodel.config.names import did_you_mean
+from automodel.types import IGNORE_INDEX, ExitStatus, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+    from transformers import PreTrainedTokenizerBase
+
+    from automodel.data.rows import ClassificationRows, SFTRows
+    from automodel.recipes.training_data import SFTData
+
+USAGE = """python -m automodel.preview [key=value of a run ...] [preview.num_rows=3]
+
+Shows the first rows as they would be trained on, with the supervised tokens marked, and counts what becomes of all of
+them. Nothing is trained and nothing is written but the cache of prepared rows.
+
+Keys
+  preview.num_rows=3       rows shown of each source
+
+Status 0: fine; 2: wrong input, or rows that would train wrongly.
+All other keys: python -m automodel.run --help"""
+
+_NUM_BINS = 12
+_BAR_WIDTH = 40
+_PREFIX = "preview."
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Preview the rows of the command line ``argv`` (default: this process's) and leave with the status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if has_help(argv):
+        print(USAGE)
+        return
+    from automodel.logs import setup_logging
+
+    try:
+        num_rows, cfg = _read_command_line(argv)
+        setup_logging(0)
+        problems = preview(cfg, num_rows=num_rows)
+    except UserError as error:
+        problems = list(error.problems)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    sys.exit(ExitStatus.BAD_INPUT if problems else ExitStatus.DONE)
+
+
+def preview(cfg: Config, *, num_rows: int, console: Console | None = None) -> list[str]:
+    """Print the rows that ``cfg`` would train on and return what would train wrongly, a line each.
+
+    Raises:
+        UserError: the rows cannot be read.
+    """
+    from rich.console import Console
+
+    from automodel.recipes.assembly import build
+
+    console = console or Console(highlight=False, soft_wrap=True)
+    model = build(cfg.model)
+    tokenizer = model.load_tokenizer()
+    if cfg.recipe.name == "llm_seq_cls":
+        return _preview_classification(cfg, model, tokenizer, num_rows, console)
+    from automodel.recipes.training_data import load_sft_data
+
+    data = load_sft_data(cfg, model, tokenizer)
+    for rows in data.sources.values():
+        _show_rows(rows, tokenizer, num_rows, console)
+    console.print(_table(data))
+    for rows in data.sources.values():
+        console.print(f"\nlengths of {rows.name}, in tokens")
+        for line in _histogram(rows.stats.lengths):
+            console.print(line, markup=False)
+    return data.problems()
+
+
+def _read_command_line(argv: list[str]) -> tuple[int, Config]:
+    problems, num_rows = [], 3
+    for arg in (arg for arg in argv if arg.lstrip("+").startswith(_PREFIX)):
+        key, _, text = arg.lstrip("+").partition("=")
+        if key != "preview.num_rows":
+            problems.append(f"{key} is not a known key{did_you_mean(key, ['preview.num_rows'])}")
+        elif not text.isdecimal():
+            problems.append(f"{key}={text} must be a whole number, 0 or more")
+        else:
+            num_rows = int(text)
+    try:
+        cfg = load_config([arg for arg in argv if not arg.lstrip("+").startswith(_PREFIX)])
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return num_rows, cfg
+
+
+def _show_rows(rows: SFTRows, tokenizer: PreTrainedTokenizerBase, num_rows: int, console: Console) -> None:
+    for number in range(min(num_rows, len(rows.examples))):
+        example = rows.examples[number]
+        console.rule(f"{rows.name}, row {number + 1} of {len(rows.examples):,}")
+        console.print(render(example, tokenizer, is_colored=console.is_terminal))
+        weights = sorted({weight for weight in example.get("loss_weights") or () if weight})
+        if weights not in ([], [1.0]):
+            console.print(f"[dim]weights of supervised tokens: {', '.join(f'{w:g}' for w in weights)}[/dim]")
+    if num_rows:
+        mark = "in green" if console.is_terminal else "between « and »"
+        console.print(f"[dim]supervised tokens are shown {mark}; special tokens as they are spelt[/dim]\n")
+
+
+def render(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, is_colored: bool) -> Text:
+    """Return the text of an example, its supervised runs coloured, or bracketed where there are no colours."""
+    from rich.text import Text
+
+    text = Text()
+    for ids, is_supervised in _runs(example):
+        piece = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if is_colored:
+            text.append(piece, style="green" if is_supervised else "")
+        else:
+            text.append(f"«{piece}»" if is_supervised else piece)
+    return text
+
+
+def _runs(example: dict[str, Any]) -> Iterator[tuple[list[int], bool]]:
+    """Yield the runs of tokens that are supervised, and of those that are not."""
+    ids = example["input_ids"]
+    # Position t predicts token t + 1.
+    is_supervised = [False, *(label != IGNORE_INDEX for label in example["labels"][:-1])]
+    start = 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or is_supervised[end] != is_supervised[start]:
+            yield ids[start:end], is_supervised[start]
+            start = end
+
+
+def _table(data: SFTData) -> Table:
+    """Return the counts of every source, a column each."""
+    import numpy as np
+    from rich.table import Table
+
+    from automodel.data.checks import num_duplicates, shared_rows
+
+    columns = [*data.sources.values(), *([data.validation] if data.validation is not None else [])]
+    table = Table("", *(Path(rows.name).name for rows in columns))
+    quantile = {
+        "min": lambda lengths: lengths.min(), "median": np.median,
+        "p95": lambda lengths: np.quantile(lengths, 0.95), "max": lambda lengths: lengths.max(),
+    }  # fmt: skip
+    lines: dict[str, list[str]] = {
+        "format": [rows.format_name for rows in columns],
+        "rows" if data.train_set is not None else "rows (a sample)": [f"{c.counts.num_rows_read:,}" for c in columns],
+        "damaged, skipped": [f"{c.counts.num_bad:,}" for c in columns],
+        "dropped, unsupervised": [_of(c.counts.num_unsupervised, c.counts.num_rows_read) for c in columns],
+        "dropped, too long": [
+            _of(c.counts.num_dropped - c.counts.num_unsupervised, c.counts.num_rows_read) for c in columns
+        ],
+        "truncated": [_of(c.counts.num_truncated, c.counts.num_rows_read) for c in columns],
+        "duplicates": [f"{num_duplicates(c):,}" for c in columns],
+        "tokens": [f"{c.stats.lengths.sum():,}" for c in columns],
+        **{f"tokens a row, {name}": [f"{of(c.stats.lengths):,.0f}" for c in columns] for name, of in quantile.items()},
+        "supervised tokens": [_of(c.stats.num_supervised.sum(), c.stats.lengths.sum()) for c in columns],
+        "teach to end an answer": [_of(c.stats.has_end.sum(), len(c.stats.has_end)) for c in columns],
+    }
+    if data.train_set is not None and data.pack_length is not None:
+        efficiencies = [share.efficiency for share in data.train_set.shares]
+        lines[f"filled of {data.pack_length:,} slots"] = [f"{each:.1%}" for each in efficiencies]
+    if data.train_set is not None and len(data.sources) > 1:
+        drawn = sum(share.num_drawn for share in data.train_set.shares)
+        lines["drawn an epoch"] = [_of(share.num_drawn, drawn) for share in data.train_set.shares]
+    if data.validation is not None:
+        lines["validated on as well"] = [
+            f"{len(shared_rows(rows, data.validation)):,}" for rows in data.sources.values()
+        ]
+    for name, values in lines.items():
+        table.add_row(name, *values)
+    return table
+
+
+def _of(part: Any, whole: Any) -> str:
+    return f"{part:,} ({part / max(1, whole):.1%})"
+
+
+def _histogram(lengths: np.ndarray) -> Iterator[str]:
+    import numpy as np
+
+    counts, edges = np.histogram(lengths, bins=min(_NUM_BINS, int(lengths.max() - lengths.min()) + 1))
+    for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
+        bar = "█" * round(_BAR_WIDTH * count / counts.max())
+        yield f"{low:7,.0f} - {high:7,.0f} {bar} {count:,}"
+
+
+def _preview_classification(
+    cfg: Config, model: Any, tokenizer: PreTrainedTokenizerBase, num_rows: int, console: Console
+) -> list[str]:
+    import numpy as np
+    from rich.table import Table
+
+    from automodel.data.prepare import load_classification
+    from automodel.recipes.assembly import build
+
+    limit = model.max_length()
+    train = load_classification(build(cfg.dataset), tokenizer, model_max_length=limit)
+    columns: list[ClassificationRows] = [train]
+    if cfg.validation_dataset is not None:
+        columns.append(
+            load_classification(
+                build(cfg.validation_dataset), tokenizer, model_max_length=limit, label_names=train.label_names
+            )
+        )
+    for number in range(min(num_rows, len(train.examples))):
+        example = train.examples[number]
+        console.rule(f"{train.name}, row {number + 1}: {train.label_names[example['labels']]}")
+        console.print(tokenizer.decode(example["input_ids"]), markup=False)
+    table = Table("", *(rows.name for rows in columns))
+    table.add_row("rows", *(f"{rows.counts.num_rows_read:,}" for rows in columns))
+    table.add_row("damaged, skipped", *(f"{rows.counts.num_bad:,}" for rows in columns))
+    table.add_row("truncated", *(_of(rows.counts.num_truncated, rows.counts.num_rows_read) for rows in columns))
+    table.add_row("tokens a row, median", *(f"{np.median(rows.stats.lengths):,.0f}" for rows in columns))
+    table.add_row("tokens a row, max", *(f"{rows.stats.lengths.max():,}" for rows in columns))
+    for index, name in enumerate(train.label_names):
+        shares = [_of(int((np.array(rows.examples["labels"]) == index).sum()), len(rows.examples)) for rows in columns]
+        table.add_row(f"label {name}", *shares)
+    console.print(table)
+    if len(columns) == 1:
+        return []
+    num_shared = int(np.isin(columns[1].stats.hashes, train.stats.hashes).sum())
+    return [f"{num_shared:,} rows of {columns[1].name} are trained on as well"] if num_shared else []
+
+
+if __name__ == "__main__":
+    main()

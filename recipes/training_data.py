@@ -1,0 +1,151 @@
+"""The rows of a language model's recipe, from the configuration: one source, a mixture, or a stream."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from automodel.config import Config
+from automodel.data.checks import data_problems
+from automodel.data.loader import Collate, Loader
+from automodel.data.mixture import MixtureDataset
+from automodel.data.prepare import SFTPreparer, choose_first, load_sft, set_template, tell_skipped
+from automodel.data.rows import SFTRows
+from automodel.data.sources import shorter
+from automodel.data.stream import Stream, StreamLoader
+from automodel.data.train_set import TrainSet, build_train_set
+from automodel.distributed.first_rank import FirstRankPerNode, node_group
+from automodel.logs import get_logger
+from automodel.recipes.assembly import Job, build
+from automodel.types import UserError
+
+log = get_logger(__name__)
+
+SAMPLE_ROWS = 200
+"""Rows of a stream that are looked at before training."""
+
+
+@dataclass(frozen=True)
+class SFTData:
+    """What a run trains and is validated on.
+
+    Attributes:
+        sources: the rows of every training source by name; of a stream, only its first rows.
+        train_set: None for a stream.
+        pack_length: the tokens of a pack, or None.
+    """
+
+    cfg: Config
+    sources: dict[str, SFTRows]
+    validation: SFTRows | None
+    train_set: TrainSet | None
+    stream: Stream | None
+    pack_length: int | None
+
+    @property
+    def fingerprint(self) -> str:
+        if self.train_set is not None:
+            return self.train_set.fingerprint
+        (sample,) = self.sources.values()
+        return sample.fingerprint
+
+    @property
+    def num_rows(self) -> int | None:
+        return None if self.train_set is None else self.train_set.num_drawn
+
+    def problems(self) -> list[str]:
+        """Return what would train wrongly, a line each."""
+        return [line for rows in self.sources.values() for line in data_problems(rows, self.validation)]
+
+    def loader(self, job: Job, collate: Collate) -> Loader:
+        """Return the loader of this rank; every rank must call it."""
+        cfg = self.cfg
+        if self.stream is not None:
+            return StreamLoader(
+                self.stream,
+                collate=collate,
+                local_batch_size=cfg.step_scheduler.local_batch_size,
+                dp_rank=job.dp.rank,
+                dp_size=job.dp.size,
+                node_group=node_group() if dist.get_world_size() > 1 else None,
+                num_workers=cfg.dataloader.num_workers,
+                pin_memory=job.dist_info.device.type == "cuda",
+            )
+        train_set = self.train_set
+        return job.loader(
+            train_set.items,
+            collate=collate,
+            lengths=train_set.lengths,
+            draw=train_set.draw,
+            num_drawn=train_set.num_drawn,
+        )
+
+
+def prepare_sft_data(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> SFTData:
+    """Prepare the rows once per node, and stop at what would train wrongly; every rank must call it."""
+    with FirstRankPerNode():
+        data = load_sft_data(job.cfg, model, tokenizer)
+    problems = data.problems()
+    if problems and job.cfg.data_checks == "stop":
+        raise UserError(*problems, "data_checks=warn trains all the same; python -m automodel.preview shows the rows")
+    for problem in problems:
+        log.warning("%s", problem)
+    return data
+
+
+def load_sft_data(cfg: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> SFTData:
+    """Prepare the rows that ``cfg`` names, or take them from the cache.
+
+    Args:
+        model: what the ``model`` section builds.
+    """
+    limit, source = model.max_length(), build(cfg.dataset)
+    mixture = source if isinstance(source, MixtureDataset) else None
+    parts = mixture.parts() if mixture is not None else {source.display_name: source}
+    if source.streaming:
+        parts = {name: dataclasses.replace(part, limit=SAMPLE_ROWS) for name, part in parts.items()}
+    rows = {
+        name: load_sft(part, tokenizer, model_max_length=limit, keeps_prompts=False) for name, part in parts.items()
+    }
+    for each in rows.values():
+        tell_skipped(each.name, each.counts)
+    pack_length = _pack_length(cfg, limit)
+    validation = build(cfg.validation_dataset)
+    return SFTData(
+        cfg=cfg,
+        sources=rows,
+        validation=None if validation is None else load_sft(validation, tokenizer, model_max_length=limit),
+        train_set=None
+        if source.streaming
+        else build_train_set(rows, pack_length=pack_length, mixture=mixture, seed=cfg.rng.seed),
+        stream=_stream(cfg, source, tokenizer, limit, pack_length) if source.streaming else None,
+        pack_length=pack_length,
+    )
+
+
+def _pack_length(cfg: Config, model_max_length: int | None) -> int | None:
+    if not cfg.packing.enabled:
+        return None
+    return shorter(cfg.packing.max_length or cfg.dataset.get("max_length", 2048), model_max_length)
+
+
+def _stream(
+    cfg: Config, source: Any, tokenizer: PreTrainedTokenizerBase, limit: int | None, pack_length: int | None
+) -> Stream:
+    options = source.options(limit)
+    row_format = choose_first(source.stream(), options, is_classification=False)
+    set_template(tokenizer, row_format.name, options)
+    return Stream(
+        source,
+        SFTPreparer(tokenizer, row_format, options, keeps_prompts=False),
+        options,
+        seed=cfg.rng.seed,
+        global_batch_size=cfg.step_scheduler.global_batch_size,
+        num_epochs=cfg.step_scheduler.num_epochs,
+        drop_last=cfg.dataloader.drop_last,
+        pack_length=pack_length,
+    )

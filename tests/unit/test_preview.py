@@ -1,0 +1,143 @@
+"""What the preview shows, and what it stops at."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from automodel.config import load_config
+from automodel.data.checks import data_problems, num_duplicates, shared_rows
+from automodel.data.prepare import load_sft
+from automodel.data.sources import JsonlDataset
+from automodel.models.char_tokenizer import build_char_tokenizer
+from automodel.preview import main, preview, render
+
+ROWS = [{"prompt": f"question {number}", "completion": f"answer {number}"} for number in range(20)]
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def load(path: str, **options):
+    return load_sft(JsonlDataset(path=path, **options), build_char_tokenizer(), model_max_length=None)
+
+
+def shown(*argv: str, num_rows: int = 1) -> tuple[str, list[str]]:
+    out = io.StringIO()
+    problems = preview(load_config(list(argv)), num_rows=num_rows, console=Console(file=out, width=200))
+    return out.getvalue(), problems
+
+
+def cell(text: str, line: str, column: int = 0) -> str:
+    row = next(each for each in text.splitlines() if each.startswith("│") and each.split("│")[1].strip() == line)
+    return row.split("│")[2 + column].strip()
+
+
+def test_the_supervised_tokens_of_a_row_are_bracketed_or_green(tmp_path):
+    rows = load(write(tmp_path / "rows.jsonl", ROWS[:1]))
+    text = render(rows.examples[0], build_char_tokenizer(), is_colored=False)
+    assert text.plain == "<s>question 0\n«answer 0</s>»"
+    colored = render(rows.examples[0], build_char_tokenizer(), is_colored=True)
+    assert colored.plain == "<s>question 0\nanswer 0</s>"
+    assert [colored.plain[span.start : span.end] for span in colored.spans if span.style == "green"] == ["answer 0</s>"]
+
+
+def test_the_table_counts_what_becomes_of_the_rows(tmp_path):
+    rows = [
+        *ROWS,
+        ROWS[0],
+        {"prompt": "q" * 40, "completion": "cut away"},
+        {"prompt": "q" * 30, "completion": "x" * 30},
+    ]
+    train = write(tmp_path / "train.jsonl", rows)
+    Path(train).write_text(Path(train).read_text() + "{damaged\n")
+    val = write(tmp_path / "val.jsonl", [{"prompt": "other", "completion": "row"}])
+    text, problems = shown(
+        "dataset=jsonl", f"dataset.path={train}", "dataset.on_bad_row=skip", "dataset.max_length=40",
+        "validation_dataset=jsonl", f"validation_dataset.path={val}", "packing.enabled=true",
+    )  # fmt: skip
+    assert problems == []
+    assert cell(text, "format") == "prompt_completion"
+    assert cell(text, "rows") == "24" and cell(text, "rows", 1) == "1"
+    assert cell(text, "damaged, skipped") == "1"
+    assert cell(text, "dropped, unsupervised") == "1 (4.2%)"
+    assert cell(text, "truncated") == "1 (4.2%)"
+    assert cell(text, "duplicates") == "1"
+    assert cell(text, "tokens a row, max") == "40"
+    assert cell(text, "teach to end an answer") == "21 (95.5%)"
+    assert cell(text, "validated on as well") == "0"
+    packed = float(cell(text, "filled of 40 slots").rstrip("%"))
+    lengths = load(train, on_bad_row="skip", max_length=40).stats.lengths
+    assert packed == pytest.approx(100 * lengths.sum() / (40 * -(-len(lengths) // 1)), abs=0.05)  # two never fit
+    assert re.search(r"\d+ -\s+40 █+ 1\n", text)
+
+
+def test_rows_that_teach_nothing_are_a_problem_above_a_small_share(tmp_path):
+    lost = {"prompt": "q" * 100, "completion": "cut away"}
+    fine = load(write(tmp_path / "few.jsonl", [*ROWS, lost]), max_length=40)
+    many = load(write(tmp_path / "many.jsonl", [*ROWS, lost, lost]), max_length=40)
+    assert data_problems(fine) == []
+    (problem,) = data_problems(many)
+    assert "2 of 22 rows (9%) have no supervised token left within dataset.max_length" in problem
+    assert data_problems(load(str(tmp_path / "many.jsonl"), max_length=40, truncation="drop")) == []
+
+
+def test_rows_that_never_end_are_a_problem(tmp_path):
+    rows = load(write(tmp_path / "rows.jsonl", [{"prompt": "q", "completion": "x" * 50}] * 3), max_length=20)
+    (problem,) = data_problems(rows)
+    assert "no row supervises a token that ends an answer" in problem
+
+
+def test_rows_that_are_validated_on_are_a_problem(tmp_path):
+    train, val = load(write(tmp_path / "a.jsonl", ROWS)), load(write(tmp_path / "b.jsonl", ROWS[5:8]))
+    assert shared_rows(train, val).tolist() == [0, 1, 2]
+    (problem,) = data_problems(train, val)
+    assert "3 of the 3 rows of" in problem and "are trained on as well" in problem
+    assert num_duplicates(load(write(tmp_path / "c.jsonl", ROWS + ROWS[:4]))) == 4
+
+
+def test_the_demo_has_no_problem():
+    text, problems = shown(num_rows=2)
+    assert problems == [] and cell(text, "validated on as well") == "0"
+
+
+def test_a_mixture_shows_a_column_for_each_source(tmp_path):
+    a, b = write(tmp_path / "a.jsonl", ROWS), write(tmp_path / "b.jsonl", ROWS[:5])
+    text, _ = shown(
+        "dataset=mixture", f"+dataset.sources.first={{path: {a}, epochs: 1}}",
+        f"+dataset.sources.second={{path: {b}, epochs: 4}}",
+    )  # fmt: skip
+    assert cell(text, "drawn an epoch") == "20 (50.0%)" and cell(text, "drawn an epoch", 1) == "20 (50.0%)"
+
+
+def test_a_classifiers_rows_show_the_share_of_each_label(tmp_path):
+    rows = [{"text": f"text {number}", "label": "yes" if number % 4 else "no"} for number in range(8)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    text, problems = shown("recipe=llm_seq_cls", "dataset=jsonl", f"dataset.path={path}", "model=demo")
+    assert problems == [] and cell(text, "label no") == "2 (25.0%)" and cell(text, "label yes") == "6 (75.0%)"
+
+
+def ended(argv: list[str], capsys) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as error:
+        main(argv)
+    return error.value.code, capsys.readouterr().err
+
+
+def test_how_the_preview_ends(tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    rows = ["dataset=jsonl", f"dataset.path={path}"]
+    assert ended([*rows, "preview.num_rows=0"], capsys)[0] == 0
+    same = ["validation_dataset=jsonl", f"validation_dataset.path={path}"]
+    status, told = ended([*rows, *same], capsys)
+    assert status == 2 and "error: 20 of the 20 rows of" in told
+    status, told = ended(["dataset=jsonl", "dataset.path=no/such.jsonl", "preview.num_row=1"], capsys)
+    assert status == 2 and "preview.num_row is not a known key; did you mean preview.num_rows?" in told
+    assert "dataset.path=no/such.jsonl: there is no such file" in told
+    assert ended(["preview.num_rows=x"], capsys) == (2, "error: preview.num_rows=x must be a whole number, 0 or more\n")
