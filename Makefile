@@ -5,13 +5,16 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run check-parity test test-gpu lint wheel bench clean
+.PHONY: help run preview check-parity test test-gpu lint wheel bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 run: $(VENV)/run ## fine-tune the embedded default on the CPU; ARGS="key=value ..." changes it
 	$(PY) -m automodel.run $(ARGS)
+
+preview: $(VENV)/run ## show the rows as they would be trained on; ARGS="key=value ..." chooses them
+	$(PY) -m automodel.preview $(ARGS)
 
 check-parity: $(VENV)/run ## compare a layout with one process; ARGS="key=value ..." chooses it
 	$(PY) -m automodel.check_parity $(ARGS)

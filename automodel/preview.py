@@ -81,7 +81,7 @@ def preview(cfg: Config, *, num_rows: int, console: Console | None = None) -> li
         console.print(f"\nlengths of {rows.name}, in tokens")
         for line in _histogram(rows.stats.lengths):
             console.print(line, markup=False)
-    return data.problems()
+    return [problem.text for problem in data.problems()]
 
 
 def _read_command_line(argv: list[str]) -> tuple[int, Config]:

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from automodel.config import Config
-from automodel.data.checks import data_problems
+from automodel.data.checks import Problem, data_problems
 from automodel.data.loader import Collate, Loader
 from automodel.data.mixture import MixtureDataset
-from automodel.data.prepare import SFTPreparer, choose_first, load_sft, set_template, tell_skipped
+from automodel.data.prepare import load_sft
+from automodel.data.preparers import SFTPreparer, choose_first, set_template, tell_skipped
 from automodel.data.rows import SFTRows
 from automodel.data.sources import shorter
 from automodel.data.stream import Stream, StreamLoader
@@ -57,8 +58,8 @@ class SFTData:
     def num_rows(self) -> int | None:
         return None if self.train_set is None else self.train_set.num_drawn
 
-    def problems(self) -> list[str]:
-        """Return what would train wrongly, a line each."""
+    def problems(self) -> list[Problem]:
+        """Return what would train wrongly."""
         return [line for rows in self.sources.values() for line in data_problems(rows, self.validation)]
 
     def loader(self, job: Job, collate: Collate) -> Loader:
@@ -86,14 +87,16 @@ class SFTData:
 
 
 def prepare_sft_data(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> SFTData:
-    """Prepare the rows once per node, and stop at what would train wrongly; every rank must call it."""
+    """Prepare the rows once per node, and look at them as ``data_checks`` says; every rank must call it."""
     with FirstRankPerNode():
         data = load_sft_data(job.cfg, model, tokenizer)
+    policy = job.cfg.data_checks
     problems = data.problems()
-    if problems and job.cfg.data_checks == "stop":
-        raise UserError(*problems, "data_checks=warn trains all the same; python -m automodel.preview shows the rows")
+    fatal = [problem.text for problem in problems if policy == "strict" or (policy == "auto" and problem.is_sure)]
+    if fatal:
+        raise UserError(*fatal, "data_checks=warn trains all the same; python -m automodel.preview shows the rows")
     for problem in problems:
-        log.warning("%s", problem)
+        log.warning("%s", problem.text)
     return data
 
 

@@ -93,7 +93,7 @@ class Config(Section):
     step_scheduler: StepSchedulerSection
     dataloader: DataLoaderSection
     packing: Packing
-    data_checks: Literal["stop", "warn"] = Field(description="what to do about rows that would train wrongly")
+    data_checks: Literal["auto", "strict", "warn"] = Field(description="stop at what is surely wrong, at all, or never")
     clip_grad_norm: ClipGradNorm
     on_non_finite: Literal["stop", "skip"] = Field(description="stop, or skip and go on; never a weight changed")
     checkpoint: CheckpointSection

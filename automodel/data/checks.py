@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from automodel.data.rows import SFTRows
 
@@ -11,35 +11,49 @@ if TYPE_CHECKING:
 
 MOST_UNSUPERVISED = 0.05
 """The share of rows that may lose everything they would teach."""
+SURELY_WRONG = 0.9
+"""From this share on, it cannot be meant."""
 
 
-def data_problems(train: SFTRows, validation: SFTRows | None = None) -> list[str]:
-    """Return what would train wrongly, a line each.
+class Problem(NamedTuple):
+    """What would train wrongly, and whether that is sure, or could be meant (a short test run, say)."""
+
+    text: str
+    is_sure: bool
+
+
+def data_problems(train: SFTRows, validation: SFTRows | None = None) -> list[Problem]:
+    """Return what would train wrongly.
 
     That is: more than a few rows of which nothing supervised is left; no row that teaches to end an answer; rows
     of the validation set that are trained on.
     """
-    counts = train.counts
+    counts, stats = train.counts, train.stats
     problems = []
     share = counts.num_unsupervised / max(1, counts.num_rows_read)
     if share > MOST_UNSUPERVISED:
-        problems.append(
+        text = (
             f"{train.name}: {counts.num_unsupervised:,} of {counts.num_rows_read:,} rows ({share:.0%}) have no "
             "supervised token left within dataset.max_length; raise it, keep the ends with dataset.truncation=left, "
             "or drop what is too long with dataset.truncation=drop"
         )
-    if train.format_name != "text" and len(train.stats.has_end) and not train.stats.has_end.any():
-        problems.append(
+        problems.append(Problem(text, is_sure=share >= SURELY_WRONG))
+    if train.format_name != "text" and len(stats.has_end) and not stats.has_end.any():
+        are_all_cut = counts.num_truncated == len(stats.has_end)
+        remedy = "raise dataset.max_length" if are_all_cut else "look at the chat template's end of turn"
+        text = (
             f"{train.name}: no row supervises a token that ends an answer, so the model would learn never to stop; "
-            "look at the chat template's end of turn, or raise dataset.max_length"
+            f"{remedy}"
         )
+        problems.append(Problem(text, is_sure=not are_all_cut))
     if validation is not None:
         num_shared = len(shared_rows(train, validation))
         if num_shared:
-            problems.append(
+            text = (
                 f"{num_shared:,} of the {len(validation.examples):,} rows of {validation.name} are trained on as well "
                 f"({train.name}), so that validation would measure memory; take them out of one of the two"
             )
+            problems.append(Problem(text, is_sure=False))
     return problems
 
 

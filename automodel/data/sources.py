@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from automodel.data.formats import FormatName
-from automodel.data.prepare import OnBadRow, PrepareOptions, ReadRow
+from automodel.data.preparers import OnBadRow, PrepareOptions, ReadRow
 from automodel.data.readers import Position, Row, count_rows, local_files, read_files
 from automodel.data.split import parse_split
 from automodel.data.tokenize import Supervise, Truncation

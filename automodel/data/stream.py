@@ -18,14 +18,14 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from automodel.data.loader import Batch, Collate, seeded, shares_of
 from automodel.data.packing import PackedRows, pack
-from automodel.data.prepare import BadRows, tell_skipped
+from automodel.data.preparers import BadRows, tell_skipped
 from automodel.data.readers import BadRow
 from automodel.data.rows import RowCounts
 from automodel.logs import get_logger
 from automodel.types import UserError
 
 if TYPE_CHECKING:
-    from automodel.data.prepare import Prepared, PrepareOptions
+    from automodel.data.preparers import Prepared, PrepareOptions
 
 log = get_logger(__name__)
 

@@ -104,7 +104,7 @@ def num_folders(cache: Path) -> int:
 def test_the_same_rows_are_prepared_once(tmp_path, cache, monkeypatch):
     path = write(tmp_path / "rows.jsonl", "a", "b")
     first = load(path)
-    monkeypatch.setattr("automodel.data.prepare._prepare_row", None)  # nothing is prepared again
+    monkeypatch.setattr("automodel.data.build._prepare_row", None)  # nothing is prepared again
     second = load(path)
     assert list(first.examples) == list(second.examples) and first.fingerprint == second.fingerprint
     assert list(first.prompts) == list(second.prompts) and first.counts == second.counts

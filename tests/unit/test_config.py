@@ -64,7 +64,7 @@ WRONG = [
     ("packing.enabld=true", "packing.enabld is not a known key; did you mean packing.enabled?"),
     ("recipe=llm_seq_cls packing.enabled=true", "packing.enabled=true does not apply to recipe=llm_seq_cls"),
     ("packing.enabled=true dataloader.max_tokens_per_batch=9", "choose one, packs are of one length already"),
-    ("data_checks=off", "data_checks"),
+    ("data_checks=off", "data_checks=off must be one of auto, strict or warn"),
     ("dataset=jsonl dataset.path=README.md dataset.streaming=true", "needs step_scheduler.max_steps"),
     (
         "dataset=jsonl dataset.path=README.md dataset.streaming=true step_scheduler.max_steps=1 "

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_no_folder_of_tests_is_passed_over(request):
+    patterns = request.config.getini("norecursedirs")
+    folders = [folder.name for folder in (ROOT / "tests").iterdir() if folder.is_dir()]
+    assert "dist" in folders
+    assert not [folder for folder in folders if folder[0] != "_" and any(fnmatch(folder, each) for each in patterns)]
 
 
 @pytest.mark.parametrize(

@@ -84,22 +84,31 @@ def test_rows_that_teach_nothing_are_a_problem_above_a_small_share(tmp_path):
     fine = load(write(tmp_path / "few.jsonl", [*ROWS, lost]), max_length=40)
     many = load(write(tmp_path / "many.jsonl", [*ROWS, lost, lost]), max_length=40)
     assert data_problems(fine) == []
-    (problem,) = data_problems(many)
-    assert "2 of 22 rows (9%) have no supervised token left within dataset.max_length" in problem
+    ((problem, is_sure),) = data_problems(many)
+    assert "2 of 22 rows (9%) have no supervised token left within dataset.max_length" in problem and not is_sure
+    assert data_problems(load(write(tmp_path / "all.jsonl", [ROWS[0], *[lost] * 9]), max_length=40))[0].is_sure
     assert data_problems(load(str(tmp_path / "many.jsonl"), max_length=40, truncation="drop")) == []
 
 
 def test_rows_that_never_end_are_a_problem(tmp_path):
     rows = load(write(tmp_path / "rows.jsonl", [{"prompt": "q", "completion": "x" * 50}] * 3), max_length=20)
-    (problem,) = data_problems(rows)
-    assert "no row supervises a token that ends an answer" in problem
+    ((problem, is_sure),) = data_problems(rows)
+    assert "no row supervises a token that ends an answer" in problem and "raise dataset.max_length" in problem
+    assert not is_sure
+
+
+def test_rows_that_are_whole_and_never_end_are_surely_wrong(tmp_path):
+    rows = load(write(tmp_path / "rows.jsonl", ROWS))
+    rows.stats.has_end[:] = False  # as by a template without an end of turn
+    ((problem, is_sure),) = data_problems(rows)
+    assert "look at the chat template's end of turn" in problem and is_sure
 
 
 def test_rows_that_are_validated_on_are_a_problem(tmp_path):
     train, val = load(write(tmp_path / "a.jsonl", ROWS)), load(write(tmp_path / "b.jsonl", ROWS[5:8]))
     assert shared_rows(train, val).tolist() == [0, 1, 2]
-    (problem,) = data_problems(train, val)
-    assert "3 of the 3 rows of" in problem and "are trained on as well" in problem
+    ((problem, is_sure),) = data_problems(train, val)
+    assert "3 of the 3 rows of" in problem and "are trained on as well" in problem and not is_sure
     assert num_duplicates(load(write(tmp_path / "c.jsonl", ROWS + ROWS[:4]))) == 4
 
 

@@ -1,0 +1,194 @@
+"""What one row becomes: recognised, tokenised, cut; and what is done about a damaged one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from automodel.data.chat import set_chat_template
+from automodel.data.formats import (
+    FormatName,
+    Messages,
+    PlainText,
+    PromptCompletion,
+    RowFormat,
+    TextLabel,
+    UnknownFormat,
+    choose_format,
+)
+from automodel.data.readers import MAX_PROBLEMS, BadRow, Row, raise_problems
+from automodel.data.rows import RowCounts
+from automodel.data.tokenize import Supervise, Tokens, Truncation, cut, shifted_example, tokenize_input, tokenize_shape
+from automodel.logs import get_logger
+from automodel.types import IGNORE_INDEX, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = get_logger(__name__)
+
+ReadRow = Row | tuple[str, BadRow]
+
+
+OnBadRow = Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """The keys of a dataset section that decide what a row becomes."""
+
+    limit: int | None
+    max_length: int
+    truncation: Truncation
+    format: FormatName = "auto"
+    columns: Mapping[str, str | None] = field(default_factory=dict)
+    chat_template: str | None = None
+    supervise: Supervise = "all"
+    on_bad_row: OnBadRow = "stop"
+    num_proc: int | None = None
+
+
+class Prepared(NamedTuple):
+    """What a row became: its example with all that is kept of it, or why it was dropped."""
+
+    record: dict[str, Any] | None
+    is_truncated: bool = False
+    is_too_long: bool = False
+
+
+@dataclass(frozen=True)
+class SFTPreparer:
+    """Prepares a row for a causal language model; the answers alone are supervised."""
+
+    tokenizer: PreTrainedTokenizerBase
+    format: RowFormat
+    options: PrepareOptions
+    keeps_prompts: bool
+
+    def __call__(self, fields: Mapping[str, Any]) -> Prepared:
+        shape = self.format.read(fields)
+        tokens = tokenize_shape(self.tokenizer, shape, supervise=self.options.supervise)
+        short = cut(tokens, max_length=self.options.max_length, truncation=self.options.truncation)
+        if short is None:
+            return Prepared(None, is_too_long=True)
+        example = shifted_example(short)
+        if example is None:
+            return Prepared(None)
+        record = {
+            **example,
+            "num_supervised": sum(label != IGNORE_INDEX for label in example["labels"]),
+            "has_end": short.end is not None,
+            "hash": _hash(example["input_ids"], example["labels"]),
+        }
+        record.setdefault("loss_weights", [])
+        if self.keeps_prompts:
+            record |= _prompt(shape, tokens, max_length=self.options.max_length)
+        return Prepared(record, is_truncated=len(short.ids) < len(tokens.ids))
+
+
+@dataclass(frozen=True)
+class ClassificationPreparer:
+    """Prepares a row for a sequence classifier."""
+
+    tokenizer: PreTrainedTokenizerBase
+    format: RowFormat
+    options: PrepareOptions
+    label_names: tuple[str, ...] | None
+
+    def __call__(self, fields: Mapping[str, Any]) -> Prepared:
+        shape: TextLabel = self.format.read(fields)
+        names = self.label_names
+        if names is not None and shape.label not in names:
+            raise BadRow(f"label {shape.label!r} does not occur in the training set; its labels: {_some(names)}")
+        before, ids, after = tokenize_input(self.tokenizer, shape.text)
+        room = max(1, self.options.max_length - len(before) - len(after))
+        tokens = cut(Tokens(ids, [0.0] * len(ids), 0), max_length=room, truncation=self.options.truncation)
+        if tokens is None:
+            return Prepared(None, is_too_long=True)
+        whole = _without_trailing_pad(self.tokenizer, before + tokens.ids + after)
+        record = {"input_ids": whole, "label": shape.label, "num_supervised": 1, "has_end": True}
+        record["hash"] = _hash(whole, [])
+        return Prepared(record, is_truncated=len(tokens.ids) < len(ids))
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, format_name: str, options: PrepareOptions) -> None:
+    """Give ``tokenizer`` the chat template of ``options``, where rows of this format are rendered with one."""
+    if format_name not in ("prompt_completion", "text", "text_label", ""):
+        set_chat_template(tokenizer, options.chat_template)
+
+
+def choose_first(rows: Iterable[ReadRow], options: PrepareOptions, *, is_classification: bool) -> RowFormat | None:
+    """Return the format that the first row that can be read has; None where there is no such row."""
+    for place, fields in rows:
+        if isinstance(fields, BadRow):
+            continue
+        try:
+            return choose_format(options.format, options.columns, row=fields, is_classification=is_classification)
+        except UnknownFormat as error:
+            raise UserError(f"{place}: {error}") from error
+    return None
+
+
+class BadRows:
+    """Collects what is wrong with rows, instead of stopping at the first, or skips them and counts."""
+
+    def __init__(self, policy: OnBadRow, counts: RowCounts) -> None:
+        self.policy, self.counts = policy, counts
+
+    def add(self, place: str, error: BadRow) -> None:
+        self.counts.num_bad += 1
+        if len(self.counts.bad_rows) < MAX_PROBLEMS:
+            self.counts.bad_rows.append(f"{place}: {error}")
+
+    def settle(self, name: str) -> None:
+        """Raise the problems found, or say that their rows are skipped."""
+        if self.policy == "stop":
+            raise_problems(self.counts.bad_rows, self.counts.num_bad)
+        tell_skipped(name, self.counts)
+
+
+def tell_skipped(name: str, counts: RowCounts) -> None:
+    """Say which damaged rows were skipped, if any."""
+    if counts.num_bad:
+        first = "\n  ".join(counts.bad_rows)
+        log.warning("%s: %d damaged rows are skipped, the first of them:\n  %s", name, counts.num_bad, first)
+
+
+def _prompt(
+    shape: PromptCompletion | Messages | PlainText, tokens: Tokens, *, max_length: int
+) -> dict[str, str | list[int] | None]:
+    ids = tokens.ids[: tokens.num_prompt][-max_length:]  # the end of a prompt asks the question
+    if isinstance(shape, PromptCompletion):
+        return {"prompt_ids": ids, "answer": shape.completion, "question": shape.prompt, "kind": shape.kind}
+    if isinstance(shape, PlainText):
+        return {"prompt_ids": ids, "answer": shape.text, "question": "", "kind": None}
+    turns = shape.turns
+    weights = shape.weights or [None] * len(turns)
+    answers = (i for i, turn in enumerate(turns) if turn["role"] == "assistant" and weights[i] != 0)
+    last = max(answers, default=len(turns) - 1)
+    question = turns[last - 1]["content"] if last else ""
+    return {"prompt_ids": ids, "answer": turns[last]["content"], "question": question, "kind": None}
+
+
+def _without_trailing_pad(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Drop pad ids at the end: transformers' classifiers look for the last token that is not pad.
+
+    A tokenizer without a pad token pads with eos, which is then dropped as well.
+    """
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    end = len(ids)
+    while end > 1 and ids[end - 1] == pad:
+        end -= 1
+    return ids[:end]
+
+
+def _hash(ids: Sequence[int], labels: Sequence[int]) -> int:
+    digest = hashlib.blake2b(json.dumps([ids, labels]).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _some(names: Sequence[str], limit: int = 12) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
