@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from automodel.data.collate import CausalLMCollator, PackedCollator
 from automodel.data.loader import Loader, TrainLoader
-from automodel.data.prepare import SFTPreparer, choose_first, load_sft
+from automodel.data.prepare import load_sft
+from automodel.data.preparers import SFTPreparer, choose_first
 from automodel.data.sources import JsonlDataset
 from automodel.data.stream import Stream, StreamLoader
 from automodel.data.train_set import build_train_set
