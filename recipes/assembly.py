@@ -231,6 +231,7 @@ def _resume_facts(cfg: Config, fingerprint: str) -> dict[str, Any]:
         "rng.seed": cfg.rng.seed,
         "step_scheduler.global_batch_size": cfg.step_scheduler.global_batch_size,
         "dataloader.drop_last": cfg.dataloader.drop_last,
+        "dataloader.length_grouped": cfg.dataloader.length_grouped,
         "dataset fingerprint": fingerprint,
     }
 

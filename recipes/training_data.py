@@ -10,6 +10,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from automodel.config import Config
+from automodel.data.cache import hash_of
 from automodel.data.checks import Problem, data_problems
 from automodel.data.loader import Collate, Loader
 from automodel.data.mixture import MixtureDataset
@@ -52,7 +53,8 @@ class SFTData:
         if self.train_set is not None:
             return self.train_set.fingerprint
         (sample,) = self.sources.values()
-        return sample.fingerprint
+        facts = {"first rows": sample.fingerprint, "block": self.stream.source.buffer_rows, "pack": self.pack_length}
+        return hash_of(facts)[:16]
 
     @property
     def num_rows(self) -> int | None:

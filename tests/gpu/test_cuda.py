@@ -53,6 +53,25 @@ def test_bf16_follows_float32(tmp_path: Path, strategy: str):
         assert other["peak_mem_gib"] > 0
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention", "flash_attention_2"])
+def test_packed_documents_are_kept_apart_and_count_as_rows_do(tmp_path: Path, attention: str):
+    if attention == "flash_attention_2":
+        pytest.importorskip("flash_attn")
+    precision = "bf16" if attention == "flash_attention_2" else "float32"
+    totals = {}
+    for is_packed in (False, True):
+        out = tmp_path / str(is_packed)
+        run("evaluation=loss", "validation_dataset=none", "dataset.limit=640", f"model.attn_implementation={attention}",
+            f"packing.enabled={str(is_packed).lower()}", f"distributed.mixed_precision={precision}",
+            "optimizer.lr=1e-9", "step_scheduler.num_epochs=1", "step_scheduler.log_every_steps=1",
+            f"output_dir={out}")  # fmt: skip
+        lines = records(out)
+        tokens = sum(line["num_label_tokens"] for line in lines)
+        totals[is_packed] = (tokens, sum(line["loss"] * line["num_label_tokens"] for line in lines) / tokens)
+    assert totals[True][0] == totals[False][0]
+    assert totals[True][1] == pytest.approx(totals[False][1], rel=1e-2 if precision == "bf16" else 1e-5)
+
+
 def test_the_step_equals_the_cpus(tmp_path: Path):
     for backend in ("auto", "gloo"):
         run(*SHORT, f"dist_env.backend={backend}", "distributed.mixed_precision=float32",
