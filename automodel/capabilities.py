@@ -48,5 +48,8 @@ LATER_OPTIONS: dict[str, tuple[str, ...]] = {
 CHAT_TEMPLATES = ("chatml", "llama3", "gemma", "alpaca")
 """The names that ``dataset.chat_template`` takes besides a file."""
 
+NAMED_BY_USER = ("dataset.sources",)
+"""Tables whose keys the user makes up, so that no plus is needed to add one."""
+
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")
 """The files of a folder that hold rows; each may be gzipped and end in .gz as well."""

@@ -113,11 +113,7 @@ def load_sft_data(cfg: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -
     parts = mixture.parts() if mixture is not None else {source.display_name: source}
     if source.streaming:
         parts = {name: dataclasses.replace(part, limit=SAMPLE_ROWS) for name, part in parts.items()}
-    rows = {
-        name: load_sft(part, tokenizer, model_max_length=limit, keeps_prompts=False) for name, part in parts.items()
-    }
-    for each in rows.values():
-        tell_skipped(each.name, each.counts)
+    rows = _load_parts(parts, tokenizer, limit)
     pack_length = _pack_length(cfg, limit)
     validation = build(cfg.validation_dataset)
     return SFTData(
@@ -130,6 +126,25 @@ def load_sft_data(cfg: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -
         stream=_stream(cfg, source, tokenizer, limit, pack_length) if source.streaming else None,
         pack_length=pack_length,
     )
+
+
+def _load_parts(
+    parts: dict[str, Any], tokenizer: PreTrainedTokenizerBase, model_max_length: int | None
+) -> dict[str, SFTRows]:
+    """Prepare every source with its own chat template; the tokenizer keeps that of the first which has one."""
+    own_template = tokenizer.chat_template
+    rows, templates = {}, {}
+    for name, part in parts.items():
+        tokenizer.chat_template = own_template
+        rows[name] = load_sft(part, tokenizer, model_max_length=model_max_length, keeps_prompts=False)
+        tell_skipped(rows[name].name, rows[name].counts)
+        if rows[name].is_conversation:
+            templates[name] = tokenizer.chat_template
+    tokenizer.chat_template = next(iter(templates.values()), own_template)
+    if len(set(templates.values())) > 1:
+        first = next(iter(templates))
+        log.warning("the sources are rendered by different chat templates; the export gets that of %s", first)
+    return rows
 
 
 def _pack_length(cfg: Config, model_max_length: int | None) -> int | None:

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from automodel import conf
-from automodel.capabilities import LATER_KEYS, LATER_OPTIONS
+from automodel.capabilities import LATER_KEYS, LATER_OPTIONS, NAMED_BY_USER
 from automodel.config.names import did_you_mean, leaf_keys, nearest, nearest_key
 from automodel.config.targets import check_target
 
@@ -86,7 +86,7 @@ def compose_command_line(argv: list[str]) -> Composed:
     if source_problems:
         return result
 
-    parsed = list(_parse(args.overrides, result.problems))
+    parsed = list(_parse([_with_plus(line) for line in args.overrides], result.problems))
     is_group = {id(o): o.key_or_group in source.groups or "@" in o.input_line.split("=")[0] for o in parsed}
     choices = [o for o in parsed if is_group[id(o)] and _is_known_choice(o, source, result.problems)]
     values = [o for o in parsed if not is_group[id(o)]]
@@ -152,6 +152,10 @@ def _is_foreign_option(arg: str, argv: list[str], problems: list[str]) -> bool:
     return before.startswith("--") and "." in before and "=" not in before and "=" not in arg
 
 
+def _with_plus(line: str) -> str:
+    return f"++{line}" if line.startswith(tuple(f"{table}." for table in NAMED_BY_USER)) else line
+
+
 def _parse(lines: list[str], problems: list[str]) -> Iterator[Override]:
     parser = OverridesParser.create()
     for line in lines:
@@ -193,6 +197,8 @@ def _is_known_value(override: Override, base: dict[str, Any], source: _Source, p
         problems.append(f"{override.input_line}: a saved configuration has no groups to choose from; change its keys")
         return False
     if key.split(".")[0] == "hydra" or _exists(base, key):
+        return True
+    if any(key.startswith(f"{table}.") and _exists(base, table) for table in NAMED_BY_USER):
         return True
     if any(key == later or key.startswith(f"{later}.") for later in LATER_KEYS):
         problems.append(f"{key} is not available in this version")

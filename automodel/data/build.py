@@ -24,12 +24,8 @@ if TYPE_CHECKING:
 
 _PREPARED_AS = 1
 """Raised when what is written to the cache changes, so that older folders are not taken for it."""
-
-
 _CHUNK = 256
 """Rows that a process prepares at a time."""
-
-
 _WORTH_PROCESSES = 64 * 2**20
 """Bytes of input from which several processes are quicker than the start of them is slow."""
 

@@ -58,14 +58,14 @@ class Pattern(NamedTuple):
 
 
 def read_pattern(text: str) -> Pattern:
-    """Read a pattern in the style of str.format.
+    r"""Read a pattern in the style of str.format; ``\n`` and ``\t`` may be spelt out, as on a command line.
 
     Raises:
         ValueError: it is not one; the message says why.
     """
     parts: list[tuple[str, _Reference | None]] = []
     try:
-        pieces = list(string.Formatter().parse(text))
+        pieces = list(string.Formatter().parse(text.replace("\\n", "\n").replace("\\t", "\t")))
     except ValueError as error:
         raise ValueError(f"{error}; double a brace that is meant as such") from None
     for literal, reference, spec, conversion in pieces:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from automodel.config.names import did_you_mean
 from automodel.data.sources import DemoDataset, HFDataset, JsonlDataset
 from automodel.types import UserError
 
+_OWN_KEYS = ("kind", "weight", "epochs")
 _KINDS = {"jsonl": JsonlDataset, "hf": HFDataset, "demo": DemoDataset}
 
 
@@ -43,15 +46,18 @@ class MixtureDataset:
 
     def _part(self, name: str, keys: Mapping[str, Any]) -> Any:
         keys = {"max_length": self.max_length, "truncation": self.truncation} | dict(keys)
-        kind = keys.pop("kind", "jsonl")
-        for own in ("weight", "epochs"):
-            keys.pop(own, None)
+        kind = keys.get("kind", "jsonl")
+        keys = {key: value for key, value in keys.items() if key not in _OWN_KEYS}
         if kind not in _KINDS:
             raise UserError(f"dataset.sources.{name}.kind={kind}: there are {', '.join(_KINDS)}")
-        try:
-            part = _KINDS[kind](**keys)
-        except TypeError as error:
-            raise UserError(f"dataset.sources.{name}: {str(error).rpartition('__init__() ')[2]}") from error
+        known = [each.name for each in dataclasses.fields(_KINDS[kind])]
+        wrong = [key for key in keys if key not in known]
+        if wrong:
+            told = (f"{key} is not a key of a {kind} source{did_you_mean(key, [*known, *_OWN_KEYS])}" for key in wrong)
+            raise UserError(*(f"dataset.sources.{name}.{each}" for each in told))
+        if "path" in known and "path" not in keys:
+            raise UserError(f"dataset.sources.{name}.path is required")
+        part = _KINDS[kind](**keys)
         if part.streaming:
             raise UserError(f"dataset.sources.{name}.streaming=true: a mixture draws from whole sets, not from streams")
         return part

@@ -20,7 +20,7 @@ from automodel.data.formats import (
     choose_format,
 )
 from automodel.data.readers import MAX_PROBLEMS, BadRow, Row, raise_problems
-from automodel.data.rows import RowCounts
+from automodel.data.rows import RowCounts, renders_with_template
 from automodel.data.tokenize import Supervise, Tokens, Truncation, cut, shifted_example, tokenize_input, tokenize_shape
 from automodel.logs import get_logger
 from automodel.types import IGNORE_INDEX, UserError
@@ -116,7 +116,7 @@ class ClassificationPreparer:
 
 def set_template(tokenizer: PreTrainedTokenizerBase, format_name: str, options: PrepareOptions) -> None:
     """Give ``tokenizer`` the chat template of ``options``, where rows of this format are rendered with one."""
-    if format_name not in ("prompt_completion", "text", "text_label", ""):
+    if renders_with_template(format_name):
         set_chat_template(tokenizer, options.chat_template)
 
 

@@ -103,6 +103,16 @@ class SFTRows:
     stats: RowStats
     format_name: str
 
+    @property
+    def is_conversation(self) -> bool:
+        """Whether a chat template rendered the rows."""
+        return renders_with_template(self.format_name)
+
+
+def renders_with_template(format_name: str) -> bool:
+    """Return whether rows of a format are rendered by a chat template."""
+    return format_name in ("alpaca", "messages", "sharegpt")
+
 
 @dataclass(frozen=True)
 class ClassificationRows:

@@ -313,3 +313,9 @@ def test_mapped_field_that_is_not_there_is_named_with_its_key_and_the_nearest_fi
 def test_format_of_another_recipe_is_refused(name, is_classification, takes):
     with pytest.raises(UnknownFormat, match=f"dataset.format={name} does not suit this recipe; it takes {takes}"):
         read({"text": "t", "label": 1}, name=name, is_classification=is_classification)
+
+
+def test_a_newline_spelt_out_in_a_pattern_is_one():
+    row = {"a": "x", "b": "y", "c": "z"}
+    chosen = choose_format("auto", {"prompt": r"{a}\n{b}", "completion": "c"}, row=row, is_classification=False)
+    assert chosen.read(row).prompt == "x\ny"

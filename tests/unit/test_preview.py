@@ -150,3 +150,14 @@ def test_how_the_preview_ends(tmp_path, capsys):
     assert status == 2 and "preview.num_row is not a known key; did you mean preview.num_rows?" in told
     assert "dataset.path=no/such.jsonl: there is no such file" in told
     assert ended(["preview.num_rows=x"], capsys) == (2, "error: preview.num_rows=x must be a whole number, 0 or more\n")
+
+
+def test_sources_keep_templates_of_their_own_and_are_named_without_a_plus(tmp_path, caplog):
+    turns = {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}
+    a, b, c = (write(tmp_path / f"{name}.jsonl", [turns] * 3) for name in "abc")
+    text, _ = shown(
+        "dataset=mixture", f"dataset.sources.first.path={a}", f"dataset.sources.second.path={b}",
+        "dataset.sources.second.chat_template=alpaca", f"dataset.sources.third.path={c}",
+    )  # fmt: skip
+    assert text.count("### ") == 2  # the headings of alpaca, in the one row shown of the second source
+    assert "rendered by different chat templates; the export gets that of first" in caplog.text
