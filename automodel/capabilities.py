@@ -41,7 +41,6 @@ LATER_OPTIONS: dict[str, tuple[str, ...]] = {
     "peft": ("qlora",),
     "loss_fn": ("linear_ce",),
     "logger": ("tensorboard", "mlflow"),
-    "launch": ("slurm",),
 }
 """Options of groups that are planned."""
 

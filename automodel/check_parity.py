@@ -176,6 +176,8 @@ def both_configs(cfg: Config, *, num_steps: int, sets_precision: bool) -> tuple[
         "launch": ours["launch"],
     }
     notes.insert(0, f"precision: distributed.mixed_precision={precision}, model.dtype={layout['model'].get('dtype')}")
+    if not layout["launch"]["_target_"].endswith(".LocalLaunch"):
+        raise UserError("check_parity starts its ranks on this machine: use launch=local")
     if reference["distributed"] == layout["distributed"] and layout["launch"].get("nproc_per_node", 1) == 1:
         raise UserError(
             "there is nothing to compare: this command line runs in one process with distributed=ddp, which is the "

@@ -20,7 +20,7 @@ LOCAL_WORLD_SIZE = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")
 
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 _SLURM_NUMBERS = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NODEID")
-_FIRST_PORT, _NUM_PORTS = 15000, 15000
+FIRST_PORT, NUM_PORTS = 15000, 15000
 """Ports for SLURM steps: below those that systems hand out to outgoing connections; eight steps of a job differ."""
 
 
@@ -71,7 +71,7 @@ def slurm_exports(env: Environment) -> dict[str, str]:
         found["MASTER_ADDR"] = first_node(nodes)
     job, step = env.get("SLURM_JOB_ID", ""), env["SLURM_STEP_ID"]
     if job.isdecimal() and step.isdecimal():
-        found["MASTER_PORT"] = str(_FIRST_PORT + (8 * int(job) + int(step)) % _NUM_PORTS)
+        found["MASTER_PORT"] = str(FIRST_PORT + (8 * int(job) + int(step)) % NUM_PORTS)
     return {name: value for name, value in found.items() if name not in env}
 
 

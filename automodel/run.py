@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from automodel.config import Config, has_help, help_text, hydra_flags, load_config, sweep_jobs
 from automodel.launch.local import LocalLaunch
 from automodel.launch.run_id import default_run_id
+from automodel.launch.submission import forget_interactive_step, submission_of
 from automodel.launch.worker import die_with_launcher, is_worker, leave, tell_failure
 from automodel.logs import get_logger, setup_logging
 from automodel.types import ExitStatus, UserError
@@ -24,6 +25,7 @@ from automodel.types import ExitStatus, UserError
 if TYPE_CHECKING:
     from automodel.distributed.dist_info import DistInfo
     from automodel.distributed.watchdog import Failure, Watchdog
+    from automodel.launch.submission import ClusterLaunch
     from automodel.loggers.rundir import RunDir
 
 log = get_logger("automodel.run")  # not __name__, which is __main__ under python -m
@@ -36,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(help_text())
         return
     die_with_launcher()
+    forget_interactive_step(argv)
     try:
         cfg = load_config(argv)
     except UserError as error:
@@ -46,10 +49,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         _show_by_hydra(argv)
     elif jobs is not None:
         sys.exit(_run_sweep(jobs))
-    elif is_worker(os.environ) or (cfg.launch.get("nproc_per_node", 1) == 1 and not cfg.launch.get("max_restarts")):
+    elif is_worker(os.environ):
         leave(run_recipe(cfg))
     else:
-        launch = LocalLaunch(**{key: value for key, value in cfg.launch.items() if key != "_target_"})
+        launch = _launch_of(cfg)
+        if not isinstance(launch, LocalLaunch):
+            sys.exit(_submit(launch, cfg, argv))
+        if launch.nproc_per_node == 1 and not launch.max_restarts:
+            leave(run_recipe(cfg))
         sys.exit(launch.run("automodel.run", argv))
 
 
@@ -60,9 +67,11 @@ def run_recipe(cfg: Config) -> ExitStatus:
     from automodel.distributed.dist_info import destroy_global_state, initialize_distributed
     from automodel.distributed.watchdog import start_watchdog
     from automodel.train.rng import make_deterministic
+    from automodel.train.signals import keep_early_usr1
 
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
     setup_logging(rank, None)
+    keep_early_usr1()
     if cfg.rng.deterministic:
         make_deterministic()
     try:
@@ -125,7 +134,24 @@ def _close_run_dir(run_dir: RunDir, status: ExitStatus, ended: dict[str, Any]) -
 
 
 def _recipe_function(cfg: Config) -> Any:
-    module_name, _, name = cfg.recipe.target.rpartition(".")
+    return _resolve(cfg.recipe.target)
+
+
+def _launch_of(cfg: Config) -> LocalLaunch | ClusterLaunch:
+    return _resolve(cfg.launch["_target_"])(**{key: value for key, value in cfg.launch.items() if key != "_target_"})
+
+
+def _submit(launch: ClusterLaunch, cfg: Config, argv: list[str]) -> ExitStatus:
+    try:
+        launch.submit(submission_of(cfg, argv))
+    except UserError as error:
+        _tell(error)
+        return ExitStatus.BAD_INPUT
+    return ExitStatus.DONE
+
+
+def _resolve(path: str) -> Any:
+    module_name, _, name = path.rpartition(".")
     return getattr(import_module(module_name), name)
 
 

@@ -11,7 +11,14 @@ from pydantic import ValidationError
 
 from automodel.capabilities import LATER_KEYS
 from automodel.config.check import cross_checks
-from automodel.config.command_line import compose_command_line, compose_defaults, has_help, hydra_flags, sweep_jobs
+from automodel.config.command_line import (
+    compose_command_line,
+    compose_defaults,
+    has_help,
+    hydra_flags,
+    sweep_jobs,
+    without_launch,
+)
 from automodel.config.help import help_text
 from automodel.config.messages import pydantic_problems
 from automodel.config.names import nearest_key
@@ -20,7 +27,10 @@ from automodel.config.schema import Config
 from automodel.config.targets import check_target, is_ours
 from automodel.types import UserError
 
-__all__ = ["Config", "has_help", "help_text", "hydra_flags", "load_config", "masked", "resolved_yaml", "sweep_jobs"]
+__all__ = [
+    "Config", "has_help", "help_text", "hydra_flags", "load_config", "masked", "resolved_yaml", "sweep_jobs",
+    "without_launch",
+]  # fmt: skip
 
 _TARGETS = (
     "model", "peft", "dataset", "validation_dataset", "distributed", "optimizer", "lr_scheduler", "loss_fn",

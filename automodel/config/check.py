@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from automodel.capabilities import CHAT_TEMPLATES, ROW_SUFFIXES
+from automodel.config.check_launch import check_launch
 from automodel.config.names import did_you_mean
 from automodel.config.schema import Config
 from automodel.environment import environment_problems
@@ -28,6 +29,7 @@ def cross_checks(cfg: Config, env: Mapping[str, str] = os.environ) -> list[str]:
         _check_evaluation,
         _check_numbers,
         _check_checkpoint,
+        check_launch,
     )
     problems = [*_check_world(cfg, env)]
     for check in checks:
@@ -41,7 +43,8 @@ def world_size_of(cfg: Config, env: Mapping[str, str]) -> int:
         return int(env["WORLD_SIZE"])
     if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
         return int(env.get("SLURM_NTASKS", "1"))
-    return cfg.launch.get("nproc_per_node", 1)
+    num_nodes, ranks = cfg.launch.get("nodes", 1), cfg.launch.get("nproc_per_node", 1)
+    return num_nodes * ranks if _is_count(num_nodes) and _is_count(ranks) else 1  # told with the options of launch
 
 
 def _check_world(cfg: Config, env: Mapping[str, str]) -> Iterator[str]:
@@ -49,8 +52,9 @@ def _check_world(cfg: Config, env: Mapping[str, str]) -> Iterator[str]:
     if problems:
         yield from problems
         return
-    if cfg.launch.get("nproc_per_node", 1) < 1:
-        yield f"launch.nproc_per_node={cfg.launch['nproc_per_node']} must be at least 1"
+    num_ranks = cfg.launch.get("nproc_per_node", 1)
+    if isinstance(num_ranks, int) and num_ranks < 1:
+        yield f"launch.nproc_per_node={num_ranks} must be at least 1"
         return
     world_size = world_size_of(cfg, env)
     tp_size, replicas = (cfg.distributed.get(key, 1) for key in ("tp_size", "dp_replicate_size"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from automodel.config.targets import check_target
 _SWEEP_FLAGS = ("-m", "--multirun")
 _HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "-sc",
                 "--shell-completion", "--resolve", "--package", "-p")  # fmt: skip
+_LAUNCH = re.compile(r"[+~]{0,2}launch([.=@]|$)")
 CONFIG_ROOT = Path(conf.__file__).parent
 
 
@@ -54,6 +56,12 @@ def sweep_jobs(argv: list[str]) -> list[list[str]] | None:
     options = [arg for arg in argv if arg not in overrides and arg not in _SWEEP_FLAGS]
     choices = [_lines(override) for override in _parse(overrides, [])]
     return [[*options, *lines] for lines in itertools.product(*choices)]
+
+
+def without_launch(argv: list[str]) -> list[str]:
+    """Return the command line without what says where to run, as the ranks of a submitted job get it."""
+    overrides = get_args_parser().parse_known_args(argv)[0].overrides
+    return [arg for arg in argv if arg not in overrides or not _LAUNCH.match(arg)]
 
 
 def config_groups(extra_dir: str | None = None) -> dict[str, list[str]]:

@@ -7,12 +7,22 @@ from types import FrameType, TracebackType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
+_early: list[str] = []
+
+
+def keep_early_usr1() -> None:
+    """Keep a scheduler's USR1 from killing a run that still starts, or already exports.
+
+    One that comes before training is a request to stop after the first step. Replaces this process's handler for good.
+    """
+    signal.signal(signal.SIGUSR1, lambda number, frame: _early.append(signal.Signals(number).name))
+
 
 class StopRequest:
     """Context that notes the first stop signal; a second Ctrl-C interrupts at once. Handlers are put back."""
 
     def __init__(self) -> None:
-        self.signal_name: str | None = None
+        self.signal_name: str | None = _early[0] if _early else None
         self._previous: dict[int, object] = {}
 
     @property

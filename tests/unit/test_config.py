@@ -73,7 +73,6 @@ WRONG = [
     ),
     ("dataset=jsonl dataset.path=README.md dataset.on_bad_row=drop", "dataset.on_bad_row=drop must be one of stop"),
     ("dataset=jsonl dataset.path=README.md dataset.num_proc=0", "dataset.num_proc=0 must be at least 1"),
-    ("launch=slurm", "launch=slurm is not available in this version"),
     ("step_scheduler.max_steps=abc", "step_scheduler.max_steps=abc must be a whole number"),
     ("step_scheduler.max_steps=0", "step_scheduler.max_steps=0 must be more than 0"),
     ("step_scheduler.max_steps=true", "step_scheduler.max_steps=true must be a whole number"),
@@ -172,6 +171,7 @@ def test_an_empty_file_and_a_folder_of_pickles_are_told(tmp_path):
 
 
 REQUIRED = {
+    "launch": {"kubernetes": ["launch.image=me/it", "launch.dry_run=true"]},
     "model": {"hf": ["model.pretrained_model_name_or_path=org/name"], "scratch": ["model.tokenizer_name_or_path=a/b"]},
     "dataset": {"jsonl": ["dataset.path=pyproject.toml"], "hf": ["dataset.path=org/name"]},
     "peft": {name: ["model=hf", "model.pretrained_model_name_or_path=a/b"] for name in ("lora", "dora")},
