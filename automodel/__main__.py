@@ -10,6 +10,7 @@ VERBS = {
     "run": "train, as a recipe and the configuration say",
     "preview": "show the rows as they would be trained on, and stop at what would train wrongly",
     "check_parity": "train a few steps in one process and in your layout, and compare",
+    "verify_resume": "kill a run again and again, and compare it with a whole one",
 }
 
 
@@ -17,7 +18,7 @@ def main() -> None:
     """Hand the command line to the module of its verb."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print("automodel VERB [key=value ...]\n\nVerbs")
-        print("\n".join(f"  {verb:<14}{meaning}" for verb, meaning in VERBS.items()))
+        print("\n".join(f"  {verb:<16}{meaning}" for verb, meaning in VERBS.items()))
         return
     verb = sys.argv[1].replace("-", "_")
     if verb not in VERBS:

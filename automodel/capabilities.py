@@ -28,12 +28,7 @@ STRATEGY_OPTIONS: dict[str, dict[str, str]] = {
 }
 """For every strategy its options, each with what it does there."""
 
-LATER_KEYS = (
-    "compile",
-    "profiler",
-    "checkpoint.async_save",
-    "checkpoint.keep_every",
-)
+LATER_KEYS = ("compile", "profiler")
 """Keys (or sections) that are planned: told as such instead of as a typo."""
 
 LATER_OPTIONS: dict[str, tuple[str, ...]] = {

@@ -15,10 +15,20 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel.checkpoint.export import export_model
-from automodel.checkpoint.training import Checkpointer, TrainState, load_checkpoint, newest_checkpoint, read_progress
+from automodel.checkpoint.retention import Retention
+from automodel.checkpoint.room import expected_bytes, warn_of_little_room
+from automodel.checkpoint.training import (
+    Checkpointer,
+    SaveError,
+    TrainState,
+    load_checkpoint,
+    newest_checkpoint,
+    read_progress,
+)
 from automodel.config import Config, masked, resolved_yaml
 from automodel.data.loader import Collate, Loader, TrainLoader
 from automodel.distributed.dist_info import DistInfo
@@ -141,6 +151,7 @@ def build_loop(
         steps.step = saved["step"]
         loader.load_state_dict(saved["loader"])
         log.info("resumed from %s, at step %d", resume_from, steps.step)
+        _follow_new_end(lr_scheduler, steps=steps, ended_at=saved.get("total_steps", steps.total_steps))
     _open_run(job, model=model, fingerprint=fingerprint, metrics_size=metrics_size, resumed_step=steps.step or None)
     loop = TrainLoop(
         model=model,
@@ -166,6 +177,8 @@ def build_loop(
         on_non_finite=cfg.on_non_finite,
         dump_folder=job.run_dir.path,
     )
+    if cfg.checkpoint.enabled and info.is_main:
+        warn_of_little_room(job.run_dir.path, expected_bytes(model, build(cfg.optimizer)))
     _log_plan(job, loop, num_rows=num_rows, num_parameters=num_parameters)
     if rng is not None:
         set_rng_state(rng)  # last of all, after whatever building drew
@@ -174,15 +187,23 @@ def build_loop(
 
 def train_and_export(job: Job, loop: TrainLoop, *, tokenizer: PreTrainedTokenizerBase) -> None:
     """Run ``loop`` to its end and write ``model/``; every rank must call it."""
+    unsaved: SaveError | None = None
     try:
         if loop.steps.is_last_step:
             log.info("nothing to train: step %d is the last", loop.steps.step)
-        loop.run()
+        try:
+            loop.run()
+        except SaveError as error:
+            if job.cfg.checkpoint.on_error == "stop" or not loop.steps.is_last_step:
+                raise
+            unsaved = error  # the trained model is written all the same
         if job.cfg.export.enabled:
             mark("exporting the model")
             minutes = job.cfg.dist_env
             with collective_timeout(minutes.init_timeout_minutes, then_minutes=minutes.timeout_minutes):
                 export_model(loop.model, tokenizer, folder=job.run_dir.model_dir)
+        if unsaved is not None:
+            raise unsaved
     finally:
         loop.sink.close()
 
@@ -217,12 +238,14 @@ def _choose_start(job: Job, facts: dict[str, Any]) -> tuple[Path | None, int]:
     saved = run_on_main(lambda: read_progress(folder))
     changed = [
         f"{name} is {now!r}, but the checkpoint {folder} was made with {saved.get(name)!r}: the rows of a step would "
-        "differ; put it back, or begin a new run with another output_dir"
+        "differ; put it back, begin a new run with another output_dir, or set checkpoint.allow_changes=true"
         for name, now in facts.items()
         if saved.get(name) != now
     ]
-    if changed:
+    if changed and not job.cfg.checkpoint.allow_changes:
         raise UserError(*changed)
+    for change in changed:
+        log.warning("checkpoint.allow_changes=true: %s", change.partition(";")[0])
     return folder, saved["metrics_size"] if folder.resolve().parent == own_folder.resolve() else 0
 
 
@@ -238,7 +261,31 @@ def _resume_facts(cfg: Config, fingerprint: str) -> dict[str, Any]:
 
 def _checkpointer(job: Job) -> Checkpointer | None:
     cfg = job.cfg.checkpoint
-    return Checkpointer(job.run_dir.checkpoints_dir, keep_last=cfg.keep_last) if cfg.enabled else None
+    if not cfg.enabled:
+        return None
+    return Checkpointer(
+        job.run_dir.checkpoints_dir,
+        retention=Retention(cfg.keep_last, cfg.keep_every, cfg.keep_best),
+        is_async=cfg.async_save,
+        on_error=cfg.on_error,
+        timeout_minutes=job.cfg.dist_env.init_timeout_minutes,
+    )
+
+
+def _follow_new_end(lr_scheduler: LRScheduler, *, steps: StepScheduler, ended_at: int) -> None:
+    """Where the run is to end at another step than before, take the next learning rate from the new schedule."""
+    if steps.total_steps == ended_at:
+        return
+    (before, *_) = lr_scheduler.get_last_lr()
+    if isinstance(lr_scheduler, LambdaLR):
+        lr_scheduler._last_lr = lr_scheduler.get_lr()
+        for group, lr in zip(lr_scheduler.optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
+    log.info(
+        "the run now ends at step %d instead of %d, and the learning rate follows the schedule of %d steps from here "
+        "on: %.3e instead of %.3e at step %d",
+        steps.total_steps, ended_at, steps.total_steps, lr_scheduler.get_last_lr()[0], before, steps.step + 1,
+    )  # fmt: skip
 
 
 def _open_loggers(job: Job) -> MetricSink:

@@ -7,10 +7,14 @@ import os
 import pickle
 import re
 import shutil
+import threading
+import time
 import zlib
+from concurrent.futures import Future
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,6 +22,8 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from automodel.checkpoint.retention import Retention
+from automodel.checkpoint.staging import HostCopy, num_bytes, share_of
 from automodel.distributed.megatron_fsdp import describe_uneven_shards
 from automodel.distributed.ordering import run_on_main
 from automodel.distributed.wrappers import is_megatron_fsdp, unwrap
@@ -35,6 +41,10 @@ class SaveError(RuntimeError):
     """A checkpoint could not be written; those before it are as they were."""
 
 
+class NoRoom(OSError):
+    """The disk has less room than the checkpoint takes."""
+
+
 @dataclass
 class TrainState:
     """The objects whose state a checkpoint holds."""
@@ -45,40 +55,140 @@ class TrainState:
 
 
 class Checkpointer:
-    """Writes ``checkpoints/step_XXXXXXXX`` under a run directory and keeps the newest few."""
+    """Writes ``checkpoints/step_XXXXXXXX`` under a run directory, one at a time, and keeps those that should stay.
 
-    def __init__(self, folder: Path, *, keep_last: int | None) -> None:
+    With ``is_async`` a save copies the state to host memory and returns; a thread writes it, over a process group of
+    its own, since gloo and NCCL take collectives from one thread at a time. Every rank must make the Checkpointer.
+
+    Args:
+        on_error: after a write that failed, ``stop`` raises; ``continue`` says so and leaves it to the next save.
+        timeout_minutes: how long the ranks may wait for each other while writing.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        retention: Retention,
+        is_async: bool = False,
+        on_error: Literal["stop", "continue"] = "stop",
+        timeout_minutes: float = 30,
+    ) -> None:
         self.folder = folder
-        self.keep_last = keep_last
+        self.retention = retention
+        self.is_async = is_async
+        self.on_error = on_error
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+        self._host_copy = HostCopy()
+        self._write: Future[None] | None = None
 
-    def save(self, state: TrainState, *, progress: dict[str, Any], rng: dict[str, Any]) -> Path:
-        """Write a complete checkpoint of step ``progress["step"]``, then move ``latest`` to it.
+    @property
+    def must_stop(self) -> bool:
+        """Whether the last write has failed on this rank, and training must not go on without it."""
+        write = self._write
+        return self.on_error == "stop" and write is not None and write.done() and write.exception() is not None
 
-        Every rank must call it.
+    def save(self, state: TrainState, *, progress: dict[str, Any], rng: dict[str, Any]) -> None:
+        """Write a checkpoint of step ``progress["step"]``, then move ``latest`` to it; every rank must call it.
+
+        It first waits for the write before. With ``is_async`` it returns as soon as training may change the state.
 
         Args:
             progress: small JSON facts: ``step``, the length of the metrics file, what decides the data's order.
             rng: the state of this rank's random generators.
 
         Raises:
+            SaveError: on every rank, as ``finish`` does.
+        """
+        self.finish()
+        started = time.monotonic()
+        self._write = Future()
+        final = self.folder / f"step_{progress['step']:08d}"
+        app = _app_state(state)
+        size = num_bytes(app)
+        self._look_for_metric(progress.get("metrics", {}))
+        try:
+            run_on_main(lambda: self._make_room(_partial(final), size))
+        except Exception as error:
+            self._fail(final, error)
+            return self.finish()
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        app = share_of(app, rank=rank, world_size=world_size) | {f"rng_{rank}": pickle.dumps(rng)}
+        if self.is_async:
+            app = self._host_copy.make(app)
+            waited_sec = time.monotonic() - started
+            device = torch.cuda.current_device() if torch.cuda.is_available() else None
+            arguments = (device, app, final, progress, waited_sec)
+            threading.Thread(target=self._write_behind, args=arguments, name="checkpoint", daemon=True).start()
+        else:
+            self._write_now(app, final, progress, 0.0)
+            self.finish()
+
+    def finish(self, *, must_be_saved: bool = False) -> None:
+        """Wait until the write in progress is complete on all ranks; every rank must call it.
+
+        Args:
+            must_be_saved: raise whatever ``on_error`` says, because no later save will make up for it.
+
+        Raises:
             SaveError: on every rank, where any of them could not write.
         """
-        final = self.folder / f"step_{progress['step']:08d}"
-        partial = self.folder / f".{final.name}.partial"
-        run_on_main(lambda: _make_empty(partial))
-        try:
-            dcp.save(_app_state(state) | {f"rng_{dist.get_rank()}": pickle.dumps(rng)}, checkpoint_id=partial)
-            run_on_main(lambda: self._publish(partial, final, progress))
-        except (Exception, dcp.api.CheckpointException) as error:  # the latter is no Exception
-            free_mib = shutil.disk_usage(self.folder).free // 2**20
-            shutil.rmtree(partial, ignore_errors=True)  # it would only take room
-            raise SaveError(
-                f"checkpoint {final} could not be written, with {free_mib} MiB free on its disk; "
-                "the checkpoints before it are untouched"
-            ) from error
-        return final
+        if self._write is None:
+            return
+        error = self._write.exception()
+        if error is not None and (must_be_saved or self.on_error == "stop"):
+            raise error
 
-    def _publish(self, partial: Path, final: Path, progress: dict[str, Any]) -> None:
+    def _look_for_metric(self, metrics: dict[str, float]) -> None:
+        name = self.retention.metric
+        if name is not None and metrics and name not in metrics and dist.get_rank() == 0:
+            log.warning(
+                "checkpoint.keep_best=%s keeps nothing: validation does not measure %s; there are: %s",
+                self.retention.keep_best, name, ", ".join(metrics),
+            )  # fmt: skip
+
+    def _write_behind(self, device: int | None, *arguments: Any) -> None:
+        if device is not None:
+            torch.cuda.set_device(device)  # a thread begins on device 0, where torch's writer would take memory
+        self._write_now(*arguments)
+
+    def _write_now(self, app: dict[str, Any], final: Path, progress: dict[str, Any], waited_sec: float) -> None:
+        started, write = time.monotonic(), self._write
+        try:
+            dcp.save(app, checkpoint_id=_partial(final), process_group=self._group)
+            run_on_main(lambda: self._publish(final, progress), group=self._group)
+        except BaseException as error:  # torch's CheckpointException is no Exception, and finish must end in any case
+            self._fail(final, error)
+            return
+        took_sec = time.monotonic() - started
+        waited_sec = waited_sec if self.is_async else took_sec
+        log.info("checkpoint %s; training waited %.2f s, writing took %.2f s", final, waited_sec, took_sec)
+        write.set_result(None)
+
+    def _fail(self, final: Path, error: BaseException) -> None:
+        """End the write with a SaveError."""
+        shutil.rmtree(_partial(final), ignore_errors=True)  # it would only take room
+        reason = str(error) if isinstance(error, NoRoom) else _free_room(self.folder)
+        failure = SaveError(
+            f"checkpoint {final} could not be written: {reason}; the checkpoints before it are untouched"
+        )
+        failure.__cause__ = error
+        if self.on_error == "continue" and dist.get_rank() == 0:
+            log.warning("%s (%s). Training goes on, and the next save tries again", failure, _first_words(error))
+        self._write.set_exception(failure)
+
+    def _make_room(self, partial: Path, size: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".step_*"):  # of a write or a deletion that was killed
+            shutil.rmtree(leftover)
+        free = shutil.disk_usage(self.folder).free
+        if free < size:
+            raise NoRoom(f"it takes about {-(-size // 2**20)} MiB, and {free // 2**20} MiB are free on its disk")
+        partial.mkdir()
+
+    def _publish(self, final: Path, progress: dict[str, Any]) -> None:
+        """Make the folder complete, give it its name in one step, then delete what need not stay."""
+        partial = _partial(final)
         (partial / PROGRESS).write_text(json.dumps(progress | {"world_size": dist.get_world_size()}, indent=2))
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         manifest = {str(path.relative_to(partial)): _size_and_checksum(path) for path in files}
@@ -86,16 +196,20 @@ class Checkpointer:
         for path in [*files, partial / MANIFEST, partial]:
             _sync(path)
         if final.exists():
-            shutil.rmtree(final)
+            _delete(final)
         partial.rename(final)
         _sync(self.folder)
         _point(self.folder / "latest", final.name)
-        self._prune()
+        self._prune(progress["step"])
 
-    def _prune(self) -> None:
-        if self.keep_last is not None:
-            for folder in _step_folders(self.folder)[: -self.keep_last]:
-                shutil.rmtree(folder)
+    def _prune(self, newest: int) -> None:
+        folders = {int(_STEP_FOLDER.fullmatch(path.name)[1]): path for path in _step_folders(self.folder)}
+        scores = {step: _score(path, self.retention.metric) for step, path in folders.items()}
+        for step in self.retention.outdated(scores, newest=newest):
+            try:
+                _delete(folders[step])
+            except OSError as error:
+                log.warning("%s could not be deleted: %s", folders[step], error)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -213,9 +327,40 @@ def _named_model(model: nn.Module) -> nn.Module:
     return model.module if is_megatron_fsdp(model) else model
 
 
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def free_mib(folder: Path) -> int:
+    """Return how much room is left on the disk of ``folder``, or of the first folder above it that exists."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(place).free // 2**20
+
+
+def _free_room(folder: Path) -> str:
+    try:
+        return f"{free_mib(folder)} MiB are free on its disk"
+    except OSError as error:
+        return f"its disk does not answer ({error})"
+
+
+def _partial(final: Path) -> Path:
+    return final.with_name(f".{final.name}.partial")
+
+
+def _delete(folder: Path) -> None:
+    """Delete a checkpoint so that it is gone at once: one that is half deleted would look damaged."""
+    doomed = folder.rename(folder.with_name(f".{folder.name}.deleted"))
+    shutil.rmtree(doomed)
+
+
+def _score(folder: Path, metric: str | None) -> float | None:
+    try:
+        return json.loads((folder / PROGRESS).read_text()).get("metrics", {}).get(metric)
+    except (OSError, ValueError):  # damaged: nothing speaks for it
+        return None
+
+
+def _first_words(error: BaseException) -> str:
+    if isinstance(error, dcp.api.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _size_and_checksum(path: Path) -> dict[str, int]:

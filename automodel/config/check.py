@@ -231,8 +231,27 @@ def _check_numbers(cfg: Config) -> Iterator[str]:
 
 
 def _check_checkpoint(cfg: Config) -> Iterator[str]:
+    yield from _check_keep_best(cfg)
     resume = cfg.checkpoint.resume
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         yield f"checkpoint.resume={resume} must be auto, never, or the folder of a checkpoint; there is no such folder"
     if cfg.output_dir is not None and Path(cfg.output_dir).exists() and not Path(cfg.output_dir).is_dir():
         yield f"output_dir={cfg.output_dir} is a file, not a folder"
+
+
+def _check_keep_best(cfg: Config) -> Iterator[str]:
+    best = cfg.checkpoint.keep_best
+    if best is None:
+        return
+    direction, _, name = best.partition(":")
+    if direction not in ("min", "max") or not name:
+        yield f"checkpoint.keep_best={best} must be min:NAME or max:NAME, as min:loss or max:metric/exact_match"
+    if cfg.validation_dataset is None:
+        yield f"checkpoint.keep_best={best} needs a validation_dataset"
+    save, validate = cfg.step_scheduler.ckpt_every_steps, cfg.step_scheduler.val_every_steps
+    if save is not None and (validate is None or save % validate):
+        yield (
+            f"checkpoint.keep_best={best} chooses among checkpoints of steps that are validated: "
+            f"step_scheduler.val_every_steps={'null' if validate is None else validate} must divide "
+            f"step_scheduler.ckpt_every_steps={save}"
+        )

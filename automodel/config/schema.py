@@ -76,7 +76,12 @@ class ClipGradNorm(Section):
 class CheckpointSection(Section):
     enabled: bool = Field(description="write training checkpoints")
     resume: Text = Field(description="auto, never, or a checkpoint's path")
-    keep_last: PositiveInt | None = Field(description="how many are kept; null: all")
+    allow_changes: bool = Field(description="go on although seed, batch or rows have changed")
+    keep_last: PositiveInt | None = Field(description="how many of the newest are kept; null: all")
+    keep_every: PositiveInt | None = Field(description="those of every so many steps are kept as well")
+    keep_best: Text | None = Field(description="the best as well: min:loss or max:metric/NAME")
+    async_save: bool = Field(description="write in the background, from a copy in host memory")
+    on_error: Literal["stop", "continue"] = Field(description="after a write that failed; the last must succeed")
 
 
 class Export(Section):

@@ -20,11 +20,12 @@ class PeerError(RuntimeError):
     """What another rank failed at; the traceback is that rank's to show."""
 
 
-def run_on_main(action: Callable[[], T]) -> T:
+def run_on_main(action: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> T:
     """Run ``action`` on rank 0 alone and return its result on every rank; every rank must call it.
 
-    The result travels pickled. Where the action raises, rank 0 raises the same error; the other ranks raise it
-    too when it can be pickled, so that all ranks end alike and nobody waits.
+    The result travels pickled, over ``group`` (of all ranks; None: the main one). Where the action raises, rank 0
+    raises the same error; the other ranks raise it too when it can be pickled, so that all ranks end alike and nobody
+    waits.
     """
     box: list = [None, None]
     if dist.get_rank() == 0:
@@ -34,7 +35,7 @@ def run_on_main(action: Callable[[], T]) -> T:
             box[1] = error
     failure = box[1]
     box[1] = portable(failure)
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     if box[1] is not None:
         raise failure if failure is not None else box[1]
     return box[0]

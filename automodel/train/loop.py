@@ -87,14 +87,26 @@ class TrainLoop:
     dump_folder: Path
     _unread: tuple[int, StepResult, list[Batch]] | None = field(default=None, init=False)
     _last_loss: float = field(default=float("nan"), init=False)
+    _scores: tuple[int, dict[str, float]] = field(default=(0, {}), init=False)
 
     def run(self) -> None:
         """Train from the current step to the last; every rank must call it.
 
+        On return, and when a signal has ended training, the last checkpoint is complete.
+
         Raises:
             RunStopped: a signal at any rank ended training early.
             NonFiniteError: as ``on_non_finite`` says.
+            SaveError: as ``checkpoint.on_error`` says, and in any case where the last checkpoint was not written.
         """
+        try:
+            self._run()
+        except NonFiniteError:  # raised on every rank, so that all can wait
+            if self.checkpointer is not None:
+                self.checkpointer.finish()
+            raise
+
+    def _run(self) -> None:
         self.model.train()
         first_step = self.steps.step + 1
         with StopRequest() as stop, progress(self.steps.total_steps, description="training") as bar:
@@ -117,10 +129,12 @@ class TrainLoop:
     def evaluate(self) -> None:
         """Run every evaluator and log its record; every rank must call it."""
         mark("evaluating", step=self.steps.step)
+        self._scores = (self.steps.step, {})
         for evaluator in self.evaluators:
             result = evaluator.run()
             record = {"kind": "validation", "name": evaluator.name, "step": self.steps.step}
             self.sink.log(record | result | {"timestamp": _now()})
+            self._scores[1].update(_headline(result))
             figures = ", ".join(f"{name.removeprefix('metric/')} {value:.4f}" for name, value in _headline(result))
             log.info("%s at step %d: %s", evaluator.name, self.steps.step, figures)
 
@@ -132,7 +146,7 @@ class TrainLoop:
             loss_fn=self.loss_fn,
             optimizer=self.optimizer,
             config=self.step_config,
-            wants_stop=stop.is_set,
+            wants_stop=stop.is_set or (self.checkpointer is not None and self.checkpointer.must_stop),
         )
         self.lr_scheduler.step()
         self.steps.step += 1
@@ -193,16 +207,18 @@ class TrainLoop:
             if is_save_due and self.checkpointer is not None:
                 self._read_flag()
                 self._save()
+                if must_stop or self.steps.is_last_step:
+                    self.checkpointer.finish(must_be_saved=True)
         if must_stop:
             raise RunStopped(self.steps.step, is_saved=self.checkpointer is not None)
 
     def _save(self) -> None:
         mark("saving", step=self.steps.step)
         place = {"step": self.steps.step, "loader": self.loader.state_dict(), "metrics_size": self.metrics_size()}
-        facts = self.resume_facts | place
+        measured_at, metrics = self._scores
+        outcome = {"metrics": metrics if measured_at == self.steps.step else {}, "total_steps": self.steps.total_steps}
         state = TrainState(self.model, self.optimizer, self.lr_scheduler)
-        folder = self.checkpointer.save(state, progress=facts, rng=rng_state())
-        log.info("checkpoint %s", folder)
+        self.checkpointer.save(state, progress=self.resume_facts | place | outcome, rng=rng_state())
 
 
 def _now() -> str:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from automodel.checkpoint.export import export_model
+from automodel.checkpoint.retention import Retention
 from automodel.checkpoint.training import Checkpointer, TrainState, load_checkpoint
 from automodel.data.collate import CausalLMCollator
 from automodel.data.loader import TrainLoader
@@ -41,7 +42,7 @@ def steps(strategy: str, folder: str, *, first: int, last: int) -> tuple[list[fl
         schedule.step()
         losses.append((result.loss_sum / result.num_label_tokens).item())
     weights = {clean_name(name): full(p).detach().clone() for name, p in model.named_parameters()}
-    Checkpointer(Path(folder), keep_last=None).save(state, progress={"step": last}, rng={})
+    Checkpointer(Path(folder), retention=Retention()).save(state, progress={"step": last}, rng={})
     return losses, weights
 
 

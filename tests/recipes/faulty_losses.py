@@ -41,6 +41,16 @@ class Slow(CrossEntropy):
         return super().__call__(model, batch)
 
 
+class GrowsWithEveryCall(Slow):
+    """Depends on how often it was called, which no checkpoint knows."""
+
+    calls = 0
+
+    def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        type(self).calls += model.training
+        return super().__call__(model, batch) * (1 + 0.01 * type(self).calls)
+
+
 class OnLastRankAtEighthCall(CrossEntropy):
     """Does something fatal on one rank alone, in the eighth micro-batch of training."""
 

@@ -164,7 +164,7 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_stays(tmp_path):
     try:
         argv = [*FAST, "step_scheduler.max_steps=4", "step_scheduler.ckpt_every_steps=1", f"output_dir={disk}/run"]
         output = run(*argv, "checkpoint.keep_last=null", status=1)
-        assert "step_00000002 could not be written, with 0 MiB free on its disk" in output
+        assert "step_00000002 could not be written: it takes about" in output and "MiB are free on its disk" in output
         assert (disk / "run" / "checkpoints" / "latest").resolve().name == "step_00000001"
         assert not list((disk / "run" / "checkpoints").glob(".*.partial"))
         output = run(*argv, "step_scheduler.ckpt_every_steps=9", "checkpoint.enabled=false", "export.enabled=false")

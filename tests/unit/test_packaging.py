@@ -22,7 +22,11 @@ def test_no_folder_of_tests_is_passed_over(request):
 @pytest.mark.parametrize(
     ("argv", "status", "words"),
     [
-        (["runn"], 2, "error: runn is not a verb; there are: run, preview, check_parity; did you mean run?"),
+        (
+            ["runn"],
+            2,
+            "error: runn is not a verb; there are: run, preview, check_parity, verify_resume; did you mean run?",
+        ),
         (["--help"], 0, "automodel VERB"),
         (["run", "--help"], 0, "step_scheduler"),
         (["run", "no_such_key=1"], 2, "no_such_key is not a known key"),

@@ -1,0 +1,219 @@
+"""Checkpoints written while training goes on: the same bytes, and failures that every rank hears of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from automodel.checkpoint import training
+from automodel.checkpoint.retention import Retention
+from automodel.checkpoint.training import Checkpointer, SaveError, TrainState, damage, load_checkpoint
+from automodel.data.collate import CausalLMCollator
+from automodel.data.loader import TrainLoader
+from automodel.losses.cross_entropy import CrossEntropy
+from automodel.optim.optimizers import adamw, parameter_groups
+from automodel.train.step import StepConfig, train_step
+from automodel.types import UserError
+from tests.dist.tiny import parallel_model, tiny_llama, uneven_rows
+
+
+class Training:
+    """The tiny model under a strategy, a step at a time."""
+
+    def __init__(self, strategy: str, *, is_partly_frozen: bool = False) -> None:
+        model = tiny_llama()
+        if is_partly_frozen:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_("layers.1" in name)
+        self.model, layout, dp = parallel_model(strategy, model=model)
+        self.optimizer = adamw(parameter_groups(self.model), lr=1e-2)
+        layout.prepare_optimizer(self.optimizer, self.model)
+        schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
+        self.state = TrainState(self.model, self.optimizer, schedule)
+        loader = TrainLoader(uneven_rows(48), collate=CausalLMCollator(0), global_batch_size=8, local_batch_size=2,
+                             dp_rank=dp.rank, dp_size=dp.size, seed=0)  # fmt: skip
+        self.batches = iter(list(loader.steps_of(0)))
+        self.config = StepConfig(torch.device("cpu"), dp.group, True, 1.0, nullcontext)
+
+    def step(self) -> None:
+        train_step(self.model, next(self.batches), loss_fn=CrossEntropy(), optimizer=self.optimizer, config=self.config)
+
+
+def save_both_ways(strategy: str, folder: str, is_partly_frozen: bool) -> None:
+    run = Training(strategy, is_partly_frozen=is_partly_frozen)
+    run.step()
+    at_once = Checkpointer(Path(folder) / "at once", retention=Retention())
+    behind = Checkpointer(Path(folder) / "behind", retention=Retention(), is_async=True)
+    for number in (1, 2):  # the second time into memory that is there already
+        at_once.save(run.state, progress={"step": number}, rng={})
+        behind.save(run.state, progress={"step": number}, rng={})
+        run.step()  # changes every weight while the write goes on
+        run.step()
+    behind.finish(must_be_saved=True)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "is_partly_frozen"),
+    [("ddp", False), ("ddp", True), ("fsdp2", False), ("tp2", False), ("zero1", False), ("zero3", False)],
+)
+def test_what_is_written_behind_training_is_the_same_byte_by_byte(two_ranks, tmp_path, strategy, is_partly_frozen):
+    two_ranks.run(save_both_ways, strategy, str(tmp_path), is_partly_frozen)
+    for step in ("step_00000001", "step_00000002"):
+        one, other = tmp_path / "at once" / step, tmp_path / "behind" / step
+        assert damage(one) is None and damage(other) is None
+        names = {path.name for path in one.glob("*.distcp")}
+        assert len(names) == 2 and names == {path.name for path in other.glob("*.distcp")}
+        for name in names:
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    assert (tmp_path / "behind" / "latest").resolve().name == "step_00000002"
+
+
+def fill_the_disk(folder: str, on_error: str) -> list[Any]:
+    """Save step 1; then 2 on a disk that fills up during the write; then 3, with room again."""
+    usage = shutil.disk_usage
+    run = Training("fsdp2")
+    run.step()
+    checkpointer = Checkpointer(Path(folder), retention=Retention(), is_async=True, on_error=on_error)
+    told = []
+    filler = Path(folder) / "filler"
+    for step in (1, 2, 3):
+        if step == 2:
+            if torch.distributed.get_rank() == 0:
+                filler.write_bytes(bytes(usage(folder).free - 2**13))
+            torch.distributed.barrier()
+            training.shutil.disk_usage = lambda place: usage(place)._replace(free=2**30)
+        try:
+            checkpointer.save(run.state, progress={"step": step}, rng={})
+            training.shutil.disk_usage = usage
+            checkpointer._write.exception()  # wait, as a few steps do
+            told.append((checkpointer.must_stop, sorted(path.name for path in Path(folder).glob("*step_*"))))
+            torch.distributed.barrier()  # before room is made
+        except SaveError as error:
+            told.append(str(error))
+        if step == 2:
+            filler.unlink(missing_ok=True)
+    return told
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=False, capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small disk can be made by root alone")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_write_that_fails_stops_every_rank_at_the_next_save(two_ranks, small_disk):
+    for first, second, third in two_ranks.run(fill_the_disk, str(small_disk), "stop"):
+        assert first == (False, ["step_00000001"])
+        assert second == (True, ["step_00000001"])
+        assert "step_00000002 could not be written: " in third and "are untouched" in third
+
+
+def test_a_write_that_fails_can_be_gone_on_from(two_ranks, small_disk):
+    for first, second, third in two_ranks.run(fill_the_disk, str(small_disk), "continue"):
+        assert first == second == (False, ["step_00000001"])
+        assert third == (False, ["step_00000001", "step_00000003"])
+
+
+def without_room(folder: str) -> list[Any]:
+    usage, run = shutil.disk_usage, Training("ddp")
+    run.step()
+    training.shutil.disk_usage = lambda place: usage(place)._replace(free=1000)
+    told = []
+    for on_error in ("stop", "continue"):
+        checkpointer = Checkpointer(Path(folder), retention=Retention(), is_async=True, on_error=on_error)
+        try:
+            checkpointer.save(run.state, progress={"step": 1}, rng={})
+            told.append("gone on")
+            checkpointer.finish(must_be_saved=True)
+        except SaveError as error:
+            told.append(str(error))
+    training.shutil.disk_usage = usage
+    return told
+
+
+def test_room_is_looked_for_before_a_byte_is_written(two_ranks, tmp_path):
+    for stopped, gone_on, last in two_ranks.run(without_room, str(tmp_path)):
+        assert "step_00000001 could not be written: it takes about 1 MiB, and 0 MiB are free" in stopped
+        assert gone_on == "gone on" and last == stopped
+    assert list(tmp_path.iterdir()) == []
+
+
+def save_and_clear(folder: str) -> None:
+    run = Training("ddp")
+    run.step()
+    (Path(folder) / ".step_00000007.partial").mkdir(parents=True)
+    (Path(folder) / ".step_00000007.partial" / "__0_0.distcp").write_bytes(b"left by a run that was killed")
+    checkpointer = Checkpointer(Path(folder), retention=Retention(keep_last=1, keep_best="min:loss"), is_async=True)
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, float("nan")), (5, 1.5)):
+        checkpointer.save(run.state, progress={"step": step, "metrics": {"loss": loss}}, rng={})
+    checkpointer.finish()
+
+
+def test_the_best_and_the_newest_stay_and_leftovers_go(one_rank, tmp_path):
+    one_rank.run(save_and_clear, str(tmp_path))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["latest", "step_00000002", "step_00000005"]
+    assert json.loads((tmp_path / "step_00000002" / "progress.json").read_text())["metrics"] == {"loss": 1.0}
+
+
+def _flip(folder: Path) -> None:
+    path = folder / "__0_0.distcp"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "__1_0.distcp"
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+DAMAGE = {
+    "flipped bit": (_flip, "__0_0.distcp is damaged: its checksum differs"),
+    "truncated file": (_truncate, "__1_0.distcp has "),
+    "missing shard": (lambda folder: (folder / "__1_0.distcp").unlink(), "__1_0.distcp is missing"),
+    "no metadata": (lambda folder: (folder / ".metadata").unlink(), ".metadata is missing"),
+    "empty folder": (_empty, "no manifest.json: the save was not finished, or this is no checkpoint of ours"),
+    "torn manifest": (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is damaged"),
+}
+
+
+def save_one(folder: str) -> None:
+    run = Training("fsdp2")
+    Checkpointer(Path(folder), retention=Retention()).save(run.state, progress={"step": 1}, rng={})
+
+
+def refusal(folder: str) -> str:
+    try:
+        load_checkpoint(Path(folder), Training("fsdp2").state)
+    except UserError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_damaged_checkpoints_are_refused_in_words_on_every_rank(two_ranks, tmp_path):
+    two_ranks.run(save_one, str(tmp_path / "whole"))
+    for number, (spoil, words) in enumerate(DAMAGE.values()):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole" / "step_00000001", folder)
+        spoil(folder)
+        for told in two_ranks.run(refusal, str(folder)):
+            assert f"checkpoint.resume={folder}: {words}" in told
+    assert two_ranks.run(refusal, str(tmp_path / "whole" / "step_00000001")) == ["loaded", "loaded"]
