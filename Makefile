@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run preview check-parity verify-resume test test-gpu lint wheel bench clean
+.PHONY: help run preview check-parity verify-resume export test test-gpu lint wheel bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -21,6 +21,9 @@ check-parity: $(VENV)/run ## compare a layout with one process; ARGS="key=value 
 
 verify-resume: $(VENV)/run ## kill a run at random moments and compare it with a whole one; ARGS chooses it
 	$(PY) -m automodel.verify_resume $(ARGS)
+
+export: $(VENV)/run ## write a Hugging Face directory from a checkpoint; ARGS="CHECKPOINT OUT key=value ..."
+	$(PY) -m automodel.export $(ARGS)
 
 test: $(VENV)/test ## run the tests that need no GPU; ARGS="-k name" chooses some
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests --ignore=tests/gpu $(ARGS)

@@ -11,6 +11,7 @@ VERBS = {
     "preview": "show the rows as they would be trained on, and stop at what would train wrongly",
     "check_parity": "train a few steps in one process and in your layout, and compare",
     "verify_resume": "kill a run again and again, and compare it with a whole one",
+    "export": "write a Hugging Face directory from a training checkpoint",
 }
 
 

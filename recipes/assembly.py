@@ -62,6 +62,7 @@ class Job:
     strategy: Strategy = field(init=False)
     mesh: DeviceMesh = field(init=False)
     dp: DataParallel = field(init=False)
+    load_base: Callable[[], PreTrainedModel] = field(init=False)
 
     def __post_init__(self) -> None:
         self.strategy = build(self.cfg.distributed)
@@ -103,6 +104,7 @@ class Job:
         """
         mark("loading the model")
         adapters = build(self.cfg.peft)
+        self.load_base = load
         seed_everything(self.cfg.rng.seed)
         model = everywhere(load if adapters is None else lambda: adapters.apply(load(), task=task))
         model = self.strategy.parallelize(model, dist_info=self.dist_info, mesh=self.mesh)
@@ -186,9 +188,10 @@ def build_loop(
 
 
 def train_and_export(job: Job, loop: TrainLoop, *, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Run ``loop`` to its end and write ``model/``; every rank must call it."""
+    """Run ``loop`` to its end and write ``tokenizer/`` before it, ``model/`` after it; every rank must call it."""
     unsaved: SaveError | None = None
     try:
+        run_on_main(lambda: tokenizer.save_pretrained(job.run_dir.tokenizer_dir))  # what a checkpoint is exported with
         if loop.steps.is_last_step:
             log.info("nothing to train: step %d is the last", loop.steps.step)
         try:
@@ -201,7 +204,14 @@ def train_and_export(job: Job, loop: TrainLoop, *, tokenizer: PreTrainedTokenize
             mark("exporting the model")
             minutes = job.cfg.dist_env
             with collective_timeout(minutes.init_timeout_minutes, then_minutes=minutes.timeout_minutes):
-                export_model(loop.model, tokenizer, folder=job.run_dir.model_dir)
+                export_model(
+                    loop.model,
+                    tokenizer,
+                    folder=job.run_dir.model_dir,
+                    device=job.dist_info.device,
+                    load_base=job.load_base,
+                    must_verify=job.cfg.export.verify,
+                )
         if unsaved is not None:
             raise unsaved
     finally:

@@ -86,6 +86,7 @@ class CheckpointSection(Section):
 
 class Export(Section):
     enabled: bool = Field(description="write the final model as a Hugging Face directory")
+    verify: bool = Field(description="load it again and compare its logits before it counts as written")
 
 
 class Config(Section):

@@ -27,6 +27,7 @@ class RunDir:
         self.metrics_path = path / "metrics.jsonl"
         self.checkpoints_dir = path / "checkpoints"
         self.model_dir = path / "model"
+        self.tokenizer_dir = path / "tokenizer"
         self.log_path = path / "train.log"
         self.config_path = path / "config.yaml"
         self.run_json_path = path / "run.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -71,11 +72,10 @@ class HFModel:
                 (a new classification head excepted).
         """
         import torch
-        from transformers import AutoConfig
 
-        options: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        options = self._options()
         try:
-            config = AutoConfig.from_pretrained(self.pretrained_model_name_or_path, **options)
+            config = self._config()
             model, report = _auto_class(label_names).from_pretrained(
                 self.pretrained_model_name_or_path,
                 config=_with_labels(config, label_names, tokenizer),
@@ -91,6 +91,42 @@ class HFModel:
             ) from error
         _require_complete(self.pretrained_model_name_or_path, report, has_new_head=label_names is not None, model=model)
         return model
+
+    def build_unfilled(
+        self, tokenizer: PreTrainedTokenizerBase, *, label_names: Sequence[str] | None = None
+    ) -> PreTrainedModel:
+        """Build the same model from its configuration alone; its weights are still to be put in.
+
+        Raises:
+            UserError: no configuration can be loaded.
+        """
+        import torch
+        from transformers import GenerationConfig
+
+        try:
+            model = _auto_class(label_names).from_config(
+                _with_labels(self._config(), label_names, tokenizer),
+                dtype=getattr(torch, self.dtype),
+                trust_remote_code=self.trust_remote_code,
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(
+                f"model.pretrained_model_name_or_path={self.pretrained_model_name_or_path}: {_first_line(error)}"
+            ) from error
+        if model.can_generate():
+            with suppress(OSError):  # it has none of its own
+                model.generation_config = GenerationConfig.from_pretrained(
+                    self.pretrained_model_name_or_path, revision=self.revision
+                )
+        return model
+
+    def _config(self) -> PreTrainedConfig:
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.pretrained_model_name_or_path, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
 @dataclass(frozen=True)
@@ -155,6 +191,26 @@ def build_fresh(
         dtype=getattr(torch, dtype),
         attn_implementation=attn_implementation,
     )
+
+
+def build_unfilled(
+    source: Any, tokenizer: PreTrainedTokenizerBase, *, label_names: Sequence[str] | None, device: str
+) -> PreTrainedModel:
+    """Build the model of ``source`` on ``device`` without loading weights; on ``meta`` it takes no memory.
+
+    Its weights mean nothing; what is computed from the configuration (rotary frequencies) is right on ``cpu``.
+
+    Args:
+        source: what the ``model`` section builds.
+    """
+    import torch
+    from transformers.initialization import no_init_weights
+
+    with torch.device(device), no_init_weights():
+        build = source.build_unfilled if isinstance(source, HFModel) else source.build
+        model = build(tokenizer, label_names=label_names)
+    model.tie_weights()  # which is left out along with the drawing of weights
+    return model
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

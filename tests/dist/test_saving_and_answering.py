@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from automodel.checkpoint.export import export_model
+from automodel.checkpoint.reader import WeightReader
 from automodel.checkpoint.retention import Retention
 from automodel.checkpoint.training import Checkpointer, TrainState, load_checkpoint
 from automodel.data.collate import CausalLMCollator
@@ -59,6 +60,15 @@ def test_it_goes_on_in_its_own_and_in_another_layout(two_ranks, tmp_path, strate
 
 def steps_of(strategy: str, folder: str, first: int, last: int) -> Any:
     return steps(strategy, folder, first=first, last=last)
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+def test_its_weights_are_read_from_a_checkpoint_without_the_ranks(two_ranks, tmp_path, strategy):
+    ((_, weights), _) = two_ranks.run(steps_of, strategy, str(tmp_path), 0, 1)
+    reader = WeightReader(tmp_path / "step_00000001")
+    assert reader.shapes.keys() >= weights.keys()
+    for name, weight in weights.items():
+        assert torch.equal(reader.read(name), weight)
 
 
 def exported(strategy: str, folder: str) -> torch.Tensor:

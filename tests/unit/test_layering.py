@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 # A row may import rows below it, never above, nor its own neighbours.
 ROWS = (
-    {"run", "preview", "check_parity", "verify_resume", "__main__"},
+    {"run", "preview", "check_parity", "verify_resume", "export", "__main__"},
     {"recipes"},
     {"train", "eval"},
     {"data", "models", "losses", "optim", "checkpoint", "loggers"},

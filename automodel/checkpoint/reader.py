@@ -1,0 +1,68 @@
+"""Read the weights of a training checkpoint of any layout in one process, without its optimizer state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+_PREFIX = "model."
+
+
+class WeightReader:
+    """The weights of a checkpoint folder by name, each read when it is asked for; no process group is needed.
+
+    Attributes:
+        shapes: the shape of every weight, by name.
+        dtypes: the type in which it was saved.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._reader = FileSystemReader(folder)
+        self._metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        entries = {
+            key.removeprefix(_PREFIX): entry
+            for key, entry in self._metadata.state_dict_metadata.items()
+            if key.startswith(_PREFIX) and isinstance(entry, TensorStorageMetadata)
+        }
+        self.shapes = {name: tuple(entry.size) for name, entry in entries.items()}
+        self.dtypes = {name: entry.properties.dtype for name, entry in entries.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return the whole of one weight on the CPU, put together from the parts that the ranks saved."""
+        tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
+        planner = DefaultLoadPlanner()
+        planner.set_up_planner({_PREFIX + name: tensor}, self._metadata, is_coordinator=True)
+        plan = self._reader.prepare_local_plan(planner.create_local_plan())
+        (plan,) = planner.create_global_plan([plan])
+        self._reader.read_data(planner.finish_plan(plan), planner).wait()
+        return tensor
+
+
+def mismatches(reader: WeightReader, shapes: dict[str, tuple[int, ...]], *, ignored: set[str]) -> list[str]:
+    """Return how the weights of a checkpoint differ from those that the model needs; a line each, none if they fit.
+
+    Args:
+        shapes: what the model needs, by name.
+        ignored: names that the checkpoint may hold beside them, such as the second name of a tied weight.
+    """
+    missing = sorted(shapes.keys() - reader.shapes.keys())
+    unexpected = sorted(reader.shapes.keys() - shapes.keys() - ignored)
+    others = sorted(name for name in shapes.keys() & reader.shapes.keys() if shapes[name] != reader.shapes[name])
+    found = [
+        f"{len(names)} weights {what}: {some(names)}"
+        for names, what in (
+            (missing, "of the model are missing from it"),
+            (unexpected, "of it are unknown to the model"),
+        )
+        if names
+    ]
+    return found + [f"{name} is of shape {reader.shapes[name]}, in the model {shapes[name]}" for name in others[:5]]
+
+
+def some(names: list[str]) -> str:
+    """Return the first few of ``names`` for a message."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

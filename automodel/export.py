@@ -1,0 +1,333 @@
+"""``python -m automodel.export``: write a Hugging Face directory from a training checkpoint of any layout.
+
+So that any checkpoint, also one from the middle of a run on many ranks, becomes a model on one machine without them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from automodel.config import has_help
+from automodel.config.names import did_you_mean
+from automodel.config.targets import check_target
+from automodel.types import ExitStatus, UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from automodel.checkpoint.reader import WeightReader
+
+USAGE = """python -m automodel.export CHECKPOINT OUT [export.dtype=bfloat16] [export.merge=true] ...
+
+Writes the Hugging Face directory OUT from a training checkpoint, OUTPUT_DIR/checkpoints/step_XXXXXXXX (or latest), of
+any layout, in one process. Of a run with adapters, OUT is the adapter, in PEFT's format.
+
+Keys
+  export.dtype             float32, bfloat16 or float16; otherwise as saved
+  export.merge=false       of a run with adapters: the whole model, with the adapters added to its weights
+  export.max_shard_size=5GB   largest weight file (KB, MB, GB, TB)
+  export.verify=true       load OUT and compare its logits with those of the checkpoint's weights, before OUT appears
+
+Memory: about one weight file is held at a time; with export.verify=true or export.merge=true, the whole model.
+Status 0: written; 1: failed, and there is no OUT; 2: wrong input."""
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_BOOLS = {"true": True, "false": False}
+_KEYS = ("export.dtype", "export.merge", "export.max_shard_size", "export.verify")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    checkpoint: Path
+    out: Path
+    dtype: str | None = None
+    merge: bool = False
+    max_shard_size: str = "5GB"
+    verify: bool = True
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the run that made a checkpoint says of its model.
+
+    Attributes:
+        model: the ``model`` section.
+        peft: the ``peft`` section, or None.
+        label_names: those of a classifier, or None.
+        tokenizer_dir: where the run keeps its tokenizer and chat template.
+    """
+
+    model: dict[str, Any]
+    peft: dict[str, Any] | None
+    label_names: list[str] | None
+    tokenizer_dir: Path
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Export as the command line ``argv`` (default: this process's) says and leave with the status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if has_help(argv):
+        print(USAGE)
+        return
+    try:
+        options = read_command_line(argv)
+        run = read_run(options)
+        from automodel.checkpoint.verification import ExportError
+        from automodel.logs import setup_logging
+
+        setup_logging(0)
+        try:
+            export(options, run)
+            status = ExitStatus.DONE
+        except (ExportError, OSError) as error:  # a full disk, say
+            print(f"failed: {error}; {options.out} was not written", file=sys.stderr)
+            status = ExitStatus.FAILED
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        status = ExitStatus.BAD_INPUT
+    sys.exit(status)
+
+
+def read_command_line(argv: list[str]) -> Options:
+    """Return the options, checked as far as the command line and the folder to write to go.
+
+    Raises:
+        UserError: with every problem found.
+    """
+    own = [arg for arg in argv if "=" in arg and arg.split("=")[0].lstrip("+").split(".")[0] == "export"]
+    places = [arg for arg in argv if arg not in own]
+    problems, values = [], {}
+    for arg in own:
+        key, _, text = arg.lstrip("+").partition("=")
+        if key not in _KEYS:
+            problems.append(f"{key} is not a known key{did_you_mean(key, _KEYS) or '; there are: ' + ', '.join(_KEYS)}")
+            continue
+        value, expected = _value(key, text)
+        if expected:
+            problems.append(f"{key}={text} must be {expected}")
+        values[key.removeprefix("export.")] = value
+    if len(places) != 2:
+        given = f", not {len(places)} ({' '.join(places)})" if places else ""
+        problems.append(
+            f"give the checkpoint and the folder to write{given}: python -m automodel.export CHECKPOINT OUT"
+        )
+        raise UserError(*problems)
+    options = Options(Path(places[0]).expanduser().resolve(), Path(places[1]).expanduser().resolve(), **values)
+    if options.out.is_file():
+        problems.append(f"{options.out} is a file; give a folder that does not exist yet")
+    elif options.out.is_dir() and any(options.out.iterdir()):
+        problems.append(f"{options.out} exists and is not empty; choose another folder, or remove it")
+    if not options.checkpoint.is_dir():
+        problems.append(f"there is no checkpoint {options.checkpoint}{_others(options.checkpoint)}")
+    if problems:
+        raise UserError(*problems)
+    return options
+
+
+def _value(key: str, text: str) -> tuple[Any, str]:
+    """Return the value of a key, and what it must be where ``text`` is not that."""
+    if key == "export.dtype":
+        return text, "" if text in _DTYPES else f"one of {', '.join(_DTYPES)}{did_you_mean(text, _DTYPES)}"
+    if key == "export.max_shard_size":
+        return text.upper(), "" if re.fullmatch(r"[1-9]\d*[KMGT]B", text.upper()) else "a size such as 500MB or 5GB"
+    return _BOOLS.get(text.lower()), "" if text.lower() in _BOOLS else "true or false"
+
+
+def _others(checkpoint: Path) -> str:
+    """Name the checkpoints that are there, for a message."""
+    folders = (checkpoint.parent, checkpoint.parent / "checkpoints")
+    found = next((sorted(folder.glob("step_*")) for folder in folders if any(folder.glob("step_*"))), [])
+    return f"; there are: {', '.join(str(path) for path in found)}" if found else ""
+
+
+def read_run(options: Options) -> Run:
+    """Check the checkpoint to its last byte and return what its run says of the model.
+
+    Raises:
+        UserError: it is incomplete or damaged, lies in no run directory, or does not go with the options.
+    """
+    checkpoint, run_dir = options.checkpoint, options.checkpoint.parent.parent
+    from automodel.checkpoint.training import PROGRESS, damage
+
+    problem = damage(checkpoint)
+    if problem:
+        hint = ""
+        inside = sorted((checkpoint / "checkpoints").glob("step_*"))
+        if inside:
+            hint = f"; this is a run directory, whose newest checkpoint is {inside[-1]}"
+        raise UserError(f"{checkpoint}: {problem}{hint}")
+    try:
+        config = yaml.safe_load((run_dir / "config.yaml").read_text())
+        model, peft = config["model"], config.get("peft")
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        what = "there is none" if isinstance(error, FileNotFoundError) else f"it cannot be read ({error!r})"
+        raise UserError(f"{run_dir / 'config.yaml'} says what model the checkpoint belongs to, but {what}") from error
+    if options.merge and not peft:
+        raise UserError(f"export.merge=true: the run in {run_dir} trained no adapters (peft=none); leave the key out")
+    problems = [line for name, section in (("model", model), ("peft", peft)) if section
+                for line in check_target(name, section)]  # fmt: skip
+    if problems:
+        raise UserError(*(f"{run_dir / 'config.yaml'}: {line}" for line in problems))
+    progress = json.loads((checkpoint / PROGRESS).read_text())
+    if "attn_implementation" in model:
+        model = model | {"attn_implementation": None}  # a kernel that only the machine of the run may have
+    return Run(model, peft, progress.get("labels"), run_dir / "tokenizer")
+
+
+def export(options: Options, run: Run) -> None:
+    """Write ``options.out``; it appears whole, and only once it is verified.
+
+    Raises:
+        UserError: the checkpoint's weights are not those of the model.
+        ExportError: what was written does not load to the checkpoint's weights.
+    """
+    from automodel.checkpoint.export import appearing_whole
+    from automodel.checkpoint.reader import WeightReader
+    from automodel.logs import get_logger
+    from automodel.recipes.assembly import build
+
+    source = build(run.model)
+    trained = _Trained(
+        source, build(run.peft), _tokenizer(source, run), run.label_names, WeightReader(options.checkpoint)
+    )
+    write = _write_whole if trained.adapters is None else _write_merged if options.merge else _write_adapter
+    with appearing_whole(options.out) as partial:
+        write(partial, trained, options=options)
+        trained.tokenizer.save_pretrained(partial)
+    how = "and verified" if options.verify else "but not verified (export.verify=false)"
+    get_logger("automodel.export").info("%s is written %s", options.out, how)
+
+
+def _tokenizer(source: Any, run: Run) -> PreTrainedTokenizerBase:
+    """Return the tokenizer with the chat template that was trained with; of older runs, the model's own."""
+    from transformers import AutoTokenizer
+
+    if not run.tokenizer_dir.is_dir():
+        return source.load_tokenizer()
+    return AutoTokenizer.from_pretrained(
+        run.tokenizer_dir, trust_remote_code=bool(run.model.get("trust_remote_code", False))
+    )
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What was trained, and where its weights lie."""
+
+    source: Any
+    adapters: Any
+    tokenizer: PreTrainedTokenizerBase
+    label_names: list[str] | None
+    reader: WeightReader
+
+    def unfilled(self, device: str) -> PreTrainedModel:
+        from automodel.models.hf import build_unfilled
+
+        return build_unfilled(self.source, self.tokenizer, label_names=self.label_names, device=device)
+
+    def load_base(self) -> PreTrainedModel:
+        return self.source.build(self.tokenizer, label_names=self.label_names)
+
+    def adapted(self, base: PreTrainedModel) -> nn.Module:
+        return self.adapters.apply(base, task="CAUSAL_LM" if self.label_names is None else "SEQ_CLS")
+
+    def require_fit(self, shapes: dict[str, tuple[int, ...]], options: Options, *, ignored: set[str]) -> None:
+        from automodel.checkpoint.reader import mismatches
+
+        problems = mismatches(self.reader, shapes, ignored=ignored)
+        if problems:
+            raise UserError(*(f"{options.checkpoint} does not fit the model of its run: {line}" for line in problems))
+
+    def dtype_of(self, name: str, options: Options) -> torch.dtype:
+        """Return the type in which a weight is written."""
+        import torch
+
+        saved = self.reader.dtypes[name]
+        return getattr(torch, options.dtype) if options.dtype and saved.is_floating_point else saved
+
+
+def _write_whole(folder: Path, trained: _Trained, *, options: Options) -> None:
+    import torch
+
+    from automodel.checkpoint.verification import probe, verify
+    from automodel.checkpoint.weight_files import write_weight_files
+
+    model = trained.unfilled("meta")
+    aliases = set(model.all_tied_weights_keys)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}
+    trained.require_fit({name: tuple(tensor.shape) for name, tensor in state.items()}, options, ignored=aliases)
+    dtypes = {name: trained.dtype_of(name, options) for name in state}
+    model.to(next(dtype for dtype in dtypes.values() if dtype.is_floating_point))  # the config says so
+
+    def read(name: str) -> torch.Tensor:
+        return trained.reader.read(name).to(dtypes[name])
+
+    model.save_pretrained(folder, state_dict={})  # configuration, generation settings and custom code
+    described = {name: torch.empty(tensor.shape, dtype=dtypes[name], device="meta") for name, tensor in state.items()}
+    write_weight_files(model, described, read=read, folder=folder, max_size=options.max_shard_size)
+    if options.verify:
+        live = trained.unfilled("cpu")
+        places = live.state_dict(keep_vars=True)
+        for name in state:
+            places[name].data = read(name)
+        expected = probe(live)
+        del live, places
+        verify(folder, model, expected=expected)
+
+
+def _write_adapter(folder: Path, trained: _Trained, *, options: Options) -> None:
+    from automodel.checkpoint.verification import probe, verify
+
+    model = trained.adapted(trained.unfilled("meta"))
+    weights = _adapter_weights(model, trained, options=options)
+    model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+    if options.verify:
+        live = trained.adapted(trained.load_base())
+        _put(weights, live)
+        expected = probe(live)
+        del live
+        verify(folder, model, expected=expected, load_base=trained.load_base)
+
+
+def _write_merged(folder: Path, trained: _Trained, *, options: Options) -> None:
+    import torch
+
+    from automodel.checkpoint.verification import probe, verify
+
+    model = trained.adapted(trained.load_base())
+    _put(_adapter_weights(model, trained, options=replace(options, dtype=None)), model)
+    expected = probe(model) if options.verify else None
+    base_dtype = model.get_base_model().dtype
+    dtype = getattr(torch, options.dtype) if options.dtype else base_dtype
+    model.to(torch.promote_types(base_dtype, dtype))  # so that it is rounded once
+    merged = model.merge_and_unload()
+    merged.to(dtype).save_pretrained(folder, max_shard_size=options.max_shard_size)
+    if expected is not None:
+        verify(folder, merged.to("meta"), expected=expected)
+
+
+def _adapter_weights(model: nn.Module, trained: _Trained, *, options: Options) -> dict[str, torch.Tensor]:
+    shapes = {name: tuple(each.shape) for name, each in model.named_parameters() if each.requires_grad}
+    trained.require_fit(shapes, options, ignored=set())
+    return {name: trained.reader.read(name).to(trained.dtype_of(name, options)) for name in shapes}
+
+
+def _put(weights: dict[str, torch.Tensor], model: nn.Module) -> None:
+    for name, weight in weights.items():
+        model.get_parameter(name).data.copy_(weight)
+
+
+if __name__ == "__main__":
+    main()
