@@ -25,7 +25,7 @@ def test_no_folder_of_tests_is_passed_over(request):
         (
             ["runn"],
             2,
-            "error: runn is not a verb; there are: run, preview, check_parity, verify_resume, export; did you mean run?",
+            "runn is not a verb; there are: run, preview, check_parity, verify_resume, export; did you mean run?",
         ),
         (["--help"], 0, "automodel VERB"),
         (["run", "--help"], 0, "step_scheduler"),
