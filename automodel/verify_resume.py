@@ -296,7 +296,7 @@ class Run:
     def _wait_for(self, step: int, kind: Kind, draw: random.Random) -> str | None:
         """Wait for the moment of a kill and return it in words; None where the run ends before."""
         share = draw.random()
-        started, first_seen = time.monotonic(), None
+        first_seen = None
         while self._process.poll() is None:
             seen = self._num_steps_trained()
             if seen >= step and kind.is_in_save:
@@ -306,7 +306,7 @@ class Run:
             elif seen >= step:
                 now = time.monotonic()
                 first_seen = first_seen or now
-                if now - first_seen >= share * min(1.0, (first_seen - started) / step):
+                if now - first_seen >= share * min(1.0, self._step_sec()):
                     return f"after step {seen}"
             time.sleep(0.002)
         return None
@@ -315,6 +315,10 @@ class Run:
         """Return how many steps the metrics hold, or 0 while this start of the run has not trained one itself."""
         records = [record for record in _records(self.metrics) if record["kind"] == "train"]
         return len(records) if records and records[-1]["timestamp"] > self._started_at else 0
+
+    def _step_sec(self) -> float:
+        """Return how long the last step took."""
+        return next(each["step_time_sec"] for each in reversed(_records(self.metrics)) if each["kind"] == "train")
 
     def _wait(self, timeout_sec: float | None) -> int:
         try:
