@@ -1,6 +1,8 @@
 """Fixtures that every test may use."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,15 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 def own_cache(tmp_path_factory) -> None:
     """Keep prepared rows of tests away from those of the user."""
     os.environ["AUTOMODEL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """Put the project's logger back as it was: a verb that runs within a test sends it to the screen."""
+    logger = logging.getLogger("automodel")
+    before = (list(logger.handlers), logger.level, logger.propagate)
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture(scope="session")
