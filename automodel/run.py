@@ -67,11 +67,11 @@ def run_recipe(cfg: Config) -> ExitStatus:
     from automodel.distributed.dist_info import destroy_global_state, initialize_distributed
     from automodel.distributed.watchdog import start_watchdog
     from automodel.train.rng import make_deterministic
-    from automodel.train.signals import keep_early_usr1
+    from automodel.train.signals import serve_one_run
 
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
     setup_logging(rank, None)
-    keep_early_usr1()
+    serve_one_run()
     if cfg.rng.deterministic:
         make_deterministic()
     try:
