@@ -7,24 +7,28 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from automodel.config import Config, has_help, hydra_flags, load_config, sweep_jobs
+from automodel.config import Config
 from automodel.config.command_line import compose_command_line
-from automodel.config.names import did_you_mean
-from automodel.launch.worker import LAUNCHER_PID, is_worker
 from automodel.types import ExitStatus, UserError
+from automodel.verbs.child_run import ChildRun
+from automodel.verbs.command_line import (
+    OwnKey,
+    VerbFailed,
+    key_of,
+    load_one_config,
+    read_own_keys,
+    require_alone,
+    run_verb,
+    whole_number,
+)
 
 USAGE = """python -m automodel.check_parity [key=value of a run ...] [parity.num_steps=3] [parity.tolerance=1e-5]
 
@@ -43,21 +47,20 @@ checkpoints and adapter dropout. Status 0: within the tolerance; 1: above it, or
 exported models go to the temporary folder for a while; TMPDIR chooses another place.
 All other keys: python -m automodel.run --help"""
 
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
+
+
+_KEYS = {
+    "parity.num_steps": whole_number(3, least=1),
+    "parity.tolerance": OwnKey(1e-5, _positive, "a number more than 0"),
+}
 _METRICS = {"loss": "loss", "grad_norm": "gradient norm"}
 _REFERENCE, _LAYOUT = "reference", "layout"
-_NUM_LAST_LINES = 30
-
-
-class CheckFailed(Exception):
-    """A run failed, or the two cannot be compared."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the ``parity.*`` keys say."""
-
-    num_steps: int = 3
-    tolerance: float = 1e-5
 
 
 @dataclass(frozen=True)
@@ -70,83 +73,30 @@ class Difference:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare the layouts of the command line ``argv`` (default: this process's) and leave with the status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if has_help(argv):
-        print(USAGE)
-        return
-    try:
-        limits, cfg, sets_precision = read_command_line(argv)
-        configs, notes = both_configs(cfg, num_steps=limits.num_steps, sets_precision=sets_precision)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the run in progress is ended too
-        with tempfile.TemporaryDirectory(prefix="automodel-parity-") as name:
-            status = _check(configs, notes, limits=limits, folder=Path(name))
-    except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        status = ExitStatus.BAD_INPUT
-    except CheckFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
-        status = ExitStatus.FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = ExitStatus.FAILED
-    sys.exit(status)
+    run_verb(_work, argv, usage=USAGE)
 
 
-def read_command_line(argv: list[str]) -> tuple[Limits, Config, bool]:
-    """Return the limits, the configuration of the run, and whether the command line chooses the precision.
+def _work(argv: list[str]) -> ExitStatus:
+    own, cfg, sets_precision = read_command_line(argv)
+    configs, notes = both_configs(cfg, num_steps=own["parity.num_steps"], sets_precision=sets_precision)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the run in progress is ended too
+    with tempfile.TemporaryDirectory(prefix="automodel-parity-") as name:
+        return _check(configs, notes, own=own, folder=Path(name))
+
+
+def read_command_line(argv: list[str]) -> tuple[dict[str, Any], Config, bool]:
+    """Return the values of the ``parity.*`` keys, the run's configuration, and whether ``argv`` chooses the precision.
 
     Raises:
         UserError: with every problem of the whole command line, or because this is one rank of a job.
     """
-    if is_worker(os.environ):
-        raise UserError(
-            "check_parity starts the processes of both runs itself, and this one was started as a rank of a job "
-            "(RANK or SLURM_STEP_ID is in the environment): start it once, outside torchrun and srun"
-        )
-    own = [arg for arg in argv if _key(arg).split(".")[0] == "parity"]
-    rest = [arg for arg in argv if arg not in own]
-    limits, problems = _limits(own)
-    if sweep_jobs(rest) is not None or hydra_flags(rest):
-        raise UserError("check_parity compares one configuration: leave out -m, --cfg and the like", *problems)
-    try:
-        cfg = load_config(rest)
-    except UserError as error:
-        raise UserError(*problems, *error.problems) from None
-    if problems:
-        raise UserError(*problems)
+    values, rest, problems = read_own_keys(argv, _KEYS)
+    require_alone("check_parity", rest, problems)
+    cfg = load_one_config(rest, problems)
     sets_precision = cfg.distributed.get("mixed_precision") != "auto" or any(
-        _key(arg) == "distributed.mixed_precision" for arg in rest
+        key_of(arg) == "distributed.mixed_precision" for arg in rest
     )
-    return limits, cfg, sets_precision
-
-
-def _key(arg: str) -> str:
-    return arg.partition("=")[0].lstrip("+~")
-
-
-def _limits(own: list[str]) -> tuple[Limits, list[str]]:
-    readers: dict[str, tuple[Callable[[str], float], str]] = {
-        "parity.num_steps": (int, "a whole number of at least 1"),
-        "parity.tolerance": (float, "a number more than 0"),
-    }
-    values, problems = {}, []
-    for arg in own:
-        key, _, text = arg.lstrip("+").partition("=")
-        if key not in readers:
-            problems.append(
-                f"{key} is not a known key{did_you_mean(key, readers) or '; there are: ' + ', '.join(readers)}"
-            )
-            continue
-        read, expected = readers[key]
-        try:
-            value = read(text)
-        except ValueError:
-            value = 0
-        if not 0 < value < math.inf:
-            problems.append(f"{key}={text} must be {expected}")
-        values[key.partition(".")[2]] = value
-    return Limits(**values), problems
+    return values, cfg, sets_precision
 
 
 def both_configs(cfg: Config, *, num_steps: int, sets_precision: bool) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -186,28 +136,29 @@ def both_configs(cfg: Config, *, num_steps: int, sets_precision: bool) -> tuple[
     return {_REFERENCE: reference, _LAYOUT: layout}, notes
 
 
-def _check(configs: dict[str, dict[str, Any]], notes: list[str], *, limits: Limits, folder: Path) -> ExitStatus:
+def _check(configs: dict[str, dict[str, Any]], notes: list[str], *, own: dict[str, Any], folder: Path) -> ExitStatus:
+    tolerance = own["parity.tolerance"]
     for name, tree in configs.items():
         _run(name, tree, folder)
     steps, weights = compare(folder / _REFERENCE, folder / _LAYOUT)
     num_steps = len(steps["loss"])
     print(f"\n{_shown(configs[_LAYOUT])} compared with {_shown(configs[_REFERENCE])}, over {num_steps} steps")
-    if num_steps < limits.num_steps:
+    if num_steps < own["parity.num_steps"]:
         epochs = configs[_LAYOUT]["step_scheduler"]["num_epochs"]
         notes = [*notes, f"steps: the rows give no more in step_scheduler.num_epochs={epochs}"]
     print("\n".join(notes), end="\n\n")
     _print_table(steps, weights)
     found = []
     for key, differences in steps.items():
-        above = [each for each in differences if each.figure > limits.tolerance]
+        above = [each for each in differences if each.figure > tolerance]
         if above:
             found.append(f"{_METRICS[key]}: from {above[0].where} on, where it differs by {above[0].figure:.1e}")
-    if weights.figure > limits.tolerance:
+    if weights.figure > tolerance:
         found.append(f"weights: {weights.where} differs by {weights.figure:.1e} after step {num_steps}")
     if not found:
-        print(f"\npassed: every difference is within parity.tolerance={limits.tolerance:g}")
+        print(f"\npassed: every difference is within parity.tolerance={tolerance:g}")
         return ExitStatus.DONE
-    print(f"\nfailed: above parity.tolerance={limits.tolerance:g}", *found, sep="\n  ")
+    print(f"\nfailed: above parity.tolerance={tolerance:g}", *found, sep="\n  ")
     hints = _hints(configs[_LAYOUT], folder / _LAYOUT / "model", only_weights=found[0].startswith("weights"))
     print("what can make layouts differ without a fault", *hints, sep="\n  ", flush=True)
     return ExitStatus.FAILED
@@ -220,49 +171,28 @@ def _shown(tree: dict[str, Any]) -> str:
 
 
 def _run(name: str, tree: dict[str, Any], folder: Path) -> None:
-    """Run ``tree`` to its end, with its output kept out of sight unless it fails."""
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree | {"output_dir": str(folder / name)}))
-    command = ["-m", "automodel.run", "--config-path", str(folder), "--config-name", name]
-    # No run id or status folder of a launcher's; by its number, the run dies with this process.
-    env = {key: value for key, value in os.environ.items() if not key.startswith("AUTOMODEL_")}
-    env[LAUNCHER_PID] = str(os.getpid())
+    """Run ``tree`` to its end."""
     print(f"{name}: {_shown(tree)} ...", end="", flush=True)
-    started, log = time.monotonic(), folder / f"{name}.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, *command],
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            process_group=0,  # a Ctrl-C reaches it through this process alone, and so once
-        )
-        try:
-            status = process.wait()
-        except KeyboardInterrupt:
-            process.terminate()
-            process.wait()
-            raise
-    print(f" {time.monotonic() - started:.0f} s" if status == 0 else f" ended with status {status}", flush=True)
-    lines = log.read_text(errors="replace").splitlines()
-    problems = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    if status == ExitStatus.BAD_INPUT and problems:
-        raise UserError(*problems)
-    if status:
-        last = "\n".join(f"  {line}" for line in lines[-_NUM_LAST_LINES:])
-        raise CheckFailed(f"the {name} run ({_shown(tree)}) ended with status {status}; its last lines:\n{last}")
+    started, run = time.monotonic(), ChildRun(tree, folder, name)
+    run.start()
+    try:
+        run.wait_until_done()
+    except BaseException:
+        print(flush=True)
+        raise
+    print(f" {time.monotonic() - started:.0f} s", flush=True)
 
 
 def compare(reference: Path, layout: Path) -> tuple[dict[str, list[Difference]], Difference]:
     """Return, of two run directories, the differences of every step by metric, and the largest of the weights.
 
     Raises:
-        CheckFailed: the steps, or the names or shapes of the weights, are not the same.
+        VerbFailed: the steps, or the names or shapes of the weights, are not the same.
     """
     records = [_train_records(folder / "metrics.jsonl") for folder in (reference, layout)]
     numbers = [[record["step"] for record in each] for each in records]
     if numbers[0] != numbers[1]:
-        raise CheckFailed(f"the reference run took the steps {numbers[0]}, and the layout {numbers[1]}")
+        raise VerbFailed(f"the reference run took the steps {numbers[0]}, and the layout {numbers[1]}")
     steps = {
         key: [
             Difference(relative_difference(one[key], other[key]), f"step {one['step']}")
@@ -293,7 +223,7 @@ def compare_weights(reference: Path, layout: Path) -> Difference:
     places = [_places(folder) for folder in (reference, layout)]
     if places[0].keys() != places[1].keys() or not places[0]:
         names = sorted(places[0].keys() ^ places[1].keys())
-        raise CheckFailed(f"the runs did not write the same weights; only one has: {', '.join(names[:5]) or 'any'}")
+        raise VerbFailed(f"the runs did not write the same weights; only one has: {', '.join(names[:5]) or 'any'}")
     largest = Difference(-1.0, "")
     for name in sorted(places[0]):
         tensors = []
@@ -302,7 +232,7 @@ def compare_weights(reference: Path, layout: Path) -> Difference:
                 tensors.append(file.get_tensor(name).to(torch.float64))
         expected, got = tensors
         if expected.shape != got.shape:
-            raise CheckFailed(f"{name} is of shape {list(expected.shape)} in the reference, and {list(got.shape)}")
+            raise VerbFailed(f"{name} is of shape {list(expected.shape)} in the reference, and {list(got.shape)}")
         difference, norm = (float(torch.linalg.vector_norm(each)) for each in (got - expected, expected))
         figure = difference / norm if norm else (math.inf if difference else 0.0)
         if math.isnan(figure):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from automodel.config import has_help
-from automodel.config.names import did_you_mean
 from automodel.config.targets import check_target
 from automodel.types import ExitStatus, UserError
+from automodel.verbs.command_line import OwnKey, VerbFailed, read_own_keys, run_verb
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +41,30 @@ Status 0: written; 1: failed, and there is no OUT; 2: wrong input."""
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _BOOLS = {"true": True, "false": False}
-_KEYS = ("export.dtype", "export.merge", "export.max_shard_size", "export.verify")
+
+
+def _dtype(text: str) -> str:
+    return _DTYPES[_DTYPES.index(text)]
+
+
+def _bool(text: str) -> bool:
+    if text.lower() not in _BOOLS:
+        raise ValueError(text)
+    return _BOOLS[text.lower()]
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", text.upper()):
+        raise ValueError(text)
+    return text.upper()
+
+
+_KEYS = {
+    "export.dtype": OwnKey(None, _dtype, f"one of {', '.join(_DTYPES)}"),
+    "export.merge": OwnKey(False, _bool, "true or false"),
+    "export.max_shard_size": OwnKey("5GB", _size, "a size such as 500MB or 5GB"),
+    "export.verify": OwnKey(True, _bool, "true or false"),
+}
 
 
 @dataclass(frozen=True)
@@ -52,10 +73,10 @@ class Options:
 
     checkpoint: Path
     out: Path
-    dtype: str | None = None
-    merge: bool = False
-    max_shard_size: str = "5GB"
-    verify: bool = True
+    dtype: str | None
+    merge: bool
+    max_shard_size: str
+    verify: bool
 
 
 @dataclass(frozen=True)
@@ -77,28 +98,21 @@ class Run:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Export as the command line ``argv`` (default: this process's) says and leave with the status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if has_help(argv):
-        print(USAGE)
-        return
-    try:
-        options = read_command_line(argv)
-        run = read_run(options)
-        from automodel.checkpoint.verification import ExportError
-        from automodel.logs import setup_logging
+    run_verb(_work, argv, usage=USAGE)
 
-        setup_logging(0)
-        try:
-            export(options, run)
-            status = ExitStatus.DONE
-        except (ExportError, OSError) as error:  # a full disk, say
-            print(f"failed: {error}; {options.out} was not written", file=sys.stderr)
-            status = ExitStatus.FAILED
-    except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        status = ExitStatus.BAD_INPUT
-    sys.exit(status)
+
+def _work(argv: list[str]) -> ExitStatus:
+    options = read_command_line(argv)
+    run = read_run(options)
+    from automodel.checkpoint.verification import ExportError
+    from automodel.logs import setup_logging
+
+    setup_logging(0)
+    try:
+        export(options, run)
+    except (ExportError, OSError) as error:  # a full disk, say
+        raise VerbFailed(f"{error}; {options.out} was not written") from error
+    return ExitStatus.DONE
 
 
 def read_command_line(argv: list[str]) -> Options:
@@ -107,22 +121,12 @@ def read_command_line(argv: list[str]) -> Options:
     Raises:
         UserError: with every problem found.
     """
-    own = [arg for arg in argv if "=" in arg and arg.split("=")[0].lstrip("+").split(".")[0] == "export"]
-    places = [arg for arg in argv if arg not in own]
-    problems, values = [], {}
-    for arg in own:
-        key, _, text = arg.lstrip("+").partition("=")
-        if key not in _KEYS:
-            problems.append(f"{key} is not a known key{did_you_mean(key, _KEYS) or '; there are: ' + ', '.join(_KEYS)}")
-            continue
-        value, expected = _value(key, text)
-        if expected:
-            problems.append(f"{key}={text} must be {expected}")
-        values[key.removeprefix("export.")] = value
+    given, places, problems = read_own_keys(argv, _KEYS)
+    values = {key.removeprefix("export."): value for key, value in given.items()}
     if len(places) != 2:
-        given = f", not {len(places)} ({' '.join(places)})" if places else ""
+        found = f", not {len(places)} ({' '.join(places)})" if places else ""
         problems.append(
-            f"give the checkpoint and the folder to write{given}: python -m automodel.export CHECKPOINT OUT"
+            f"give the checkpoint and the folder to write{found}: python -m automodel.export CHECKPOINT OUT"
         )
         raise UserError(*problems)
     options = Options(Path(places[0]).expanduser().resolve(), Path(places[1]).expanduser().resolve(), **values)
@@ -135,15 +139,6 @@ def read_command_line(argv: list[str]) -> Options:
     if problems:
         raise UserError(*problems)
     return options
-
-
-def _value(key: str, text: str) -> tuple[Any, str]:
-    """Return the value of a key, and what it must be where ``text`` is not that."""
-    if key == "export.dtype":
-        return text, "" if text in _DTYPES else f"one of {', '.join(_DTYPES)}{did_you_mean(text, _DTYPES)}"
-    if key == "export.max_shard_size":
-        return text.upper(), "" if re.fullmatch(r"[1-9]\d*[KMGT]B", text.upper()) else "a size such as 500MB or 5GB"
-    return _BOOLS.get(text.lower()), "" if text.lower() in _BOOLS else "true or false"
 
 
 def _others(checkpoint: Path) -> str:

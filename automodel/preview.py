@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from automodel.config import Config, has_help, load_config
-from automodel.config.names import did_you_mean
 from automodel.types import IGNORE_INDEX, ExitStatus, UserError
+from automodel.verbs.command_line import load_one_config, read_own_keys, run_verb, whole_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,6 +16,7 @@ if TYPE_CHECKING:
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
+    from automodel.config import Config
     from automodel.data.rows import ClassificationRows, SFTRows
     from automodel.recipes.training_data import SFTData
 
@@ -34,26 +33,24 @@ All other keys: python -m automodel.run --help"""
 
 _NUM_BINS = 12
 _BAR_WIDTH = 40
-_PREFIX = "preview."
+_NUM_ROWS = "preview.num_rows"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Preview the rows of the command line ``argv`` (default: this process's) and leave with the status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if has_help(argv):
-        print(USAGE)
-        return
+    run_verb(_work, argv, usage=USAGE)
+
+
+def _work(argv: list[str]) -> ExitStatus:
     from automodel.logs import setup_logging
 
-    try:
-        num_rows, cfg = _read_command_line(argv)
-        setup_logging(0)
-        problems = preview(cfg, num_rows=num_rows)
-    except UserError as error:
-        problems = list(error.problems)
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    sys.exit(ExitStatus.BAD_INPUT if problems else ExitStatus.DONE)
+    values, rest, problems = read_own_keys(argv, {_NUM_ROWS: whole_number(3, least=0)})
+    cfg = load_one_config(rest, problems)
+    setup_logging(0)
+    problems = preview(cfg, num_rows=values[_NUM_ROWS])
+    if problems:
+        raise UserError(*problems)
+    return ExitStatus.DONE
 
 
 def preview(cfg: Config, *, num_rows: int, console: Console | None = None) -> list[str]:
@@ -82,25 +79,6 @@ def preview(cfg: Config, *, num_rows: int, console: Console | None = None) -> li
         for line in _histogram(rows.stats.lengths):
             console.print(line, markup=False)
     return [problem.text for problem in data.problems()]
-
-
-def _read_command_line(argv: list[str]) -> tuple[int, Config]:
-    problems, num_rows = [], 3
-    for arg in (arg for arg in argv if arg.lstrip("+").startswith(_PREFIX)):
-        key, _, text = arg.lstrip("+").partition("=")
-        if key != "preview.num_rows":
-            problems.append(f"{key} is not a known key{did_you_mean(key, ['preview.num_rows'])}")
-        elif not text.isdecimal():
-            problems.append(f"{key}={text} must be a whole number, 0 or more")
-        else:
-            num_rows = int(text)
-    try:
-        cfg = load_config([arg for arg in argv if not arg.lstrip("+").startswith(_PREFIX)])
-    except UserError as error:
-        problems += error.problems
-    if problems:
-        raise UserError(*problems)
-    return num_rows, cfg
 
 
 def _show_rows(rows: SFTRows, tokenizer: PreTrainedTokenizerBase, num_rows: int, console: Console) -> None:

@@ -10,23 +10,26 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import yaml
-
-from automodel.config import Config, has_help, hydra_flags, load_config, sweep_jobs
+from automodel.config import Config
 from automodel.config.command_line import compose_command_line
-from automodel.config.names import did_you_mean
-from automodel.launch.worker import LAUNCHER_PID, is_worker
 from automodel.types import ExitStatus, UserError
+from automodel.verbs.child_run import ChildRun
+from automodel.verbs.command_line import (
+    VerbFailed,
+    load_one_config,
+    read_own_keys,
+    require_alone,
+    run_verb,
+    whole_number,
+)
 
 USAGE = """python -m automodel.verify_resume [key=value of a run ...] [verify.kills=3] [verify.seed=0]
 
@@ -41,7 +44,8 @@ Keys
 Example
   python -m automodel.verify_resume launch.nproc_per_node=2 distributed=fsdp2 step_scheduler.local_batch_size=8
 
-The kinds take turns: KILL of one worker, of the launcher, of all processes, of all in the middle of a save; TERM; INT.
+The kinds take turns: KILL of one worker, of the launcher, of all processes; TERM of one worker, of the launcher; INT.
+Every other kill comes in the middle of a save.
 Answers are not generated at validation. On CUDA add rng.deterministic=true. Status 0: the same; 1: not the same, or
 a run failed; 2: wrong input. Two runs with their checkpoints go to the temporary folder for a while; TMPDIR chooses
 another place. All other keys: python -m automodel.run --help"""
@@ -52,15 +56,14 @@ KEYS = {
 }
 """What must be the same in the lines of either kind."""
 
-_DEFAULTS = {"verify.kills": 3, "verify.seed": 0, "verify.num_steps": 20}
-_LEAST = {"verify.kills": 1, "verify.seed": 0, "verify.num_steps": 2}
+_KEYS = {
+    "verify.kills": whole_number(3, least=1),
+    "verify.seed": whole_number(0, least=0),
+    "verify.num_steps": whole_number(20, least=2),
+}
 _CKPT_EVERY = 2
 _END_SEC = 120.0
 """How long a run may take to end after a kill."""
-
-
-class VerifyFailed(Exception):
-    """A run failed, or did not end as it must."""
 
 
 @dataclass(frozen=True)
@@ -69,23 +72,21 @@ class Kind:
 
     name: str
     signal: signal.Signals
-    whom: str
-    is_in_save: bool = False
+    whom: Literal["worker", "launcher", "all"]
 
 
 _ONE_PROCESS = (
-    Kind("KILL in a save", signal.SIGKILL, "all", is_in_save=True),
-    Kind("TERM", signal.SIGTERM, "launcher"),
     Kind("KILL", signal.SIGKILL, "all"),
+    Kind("TERM", signal.SIGTERM, "launcher"),
     Kind("INT", signal.SIGINT, "launcher"),
 )
 _WORKERS = (
     Kind("KILL of one worker", signal.SIGKILL, "worker"),
-    Kind("KILL of all in a save", signal.SIGKILL, "all", is_in_save=True),
-    Kind("TERM", signal.SIGTERM, "launcher"),
     Kind("KILL of the launcher", signal.SIGKILL, "launcher"),
-    Kind("INT", signal.SIGINT, "launcher"),
     Kind("KILL of all", signal.SIGKILL, "all"),
+    Kind("TERM of one worker", signal.SIGTERM, "worker"),
+    Kind("TERM of the launcher", signal.SIGTERM, "launcher"),
+    Kind("INT of the launcher", signal.SIGINT, "launcher"),
 )
 
 
@@ -102,27 +103,15 @@ class Kill:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Verify the command line ``argv`` (default: this process's) and leave with the status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if has_help(argv):
-        print(USAGE)
-        return
-    try:
-        own, cfg = read_command_line(argv)
-        tree, notes = run_config(cfg, num_steps=own["verify.num_steps"])
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the run in progress is ended too
-        with tempfile.TemporaryDirectory(prefix="automodel-verify-") as name:
-            status = _verify(tree, notes, own=own, folder=Path(name))
-    except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        status = ExitStatus.BAD_INPUT
-    except VerifyFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
-        status = ExitStatus.FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = ExitStatus.FAILED
-    sys.exit(status)
+    run_verb(_work, argv, usage=USAGE)
+
+
+def _work(argv: list[str]) -> ExitStatus:
+    own, cfg = read_command_line(argv)
+    tree, notes = run_config(cfg, num_steps=own["verify.num_steps"])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the run in progress is ended too
+    with tempfile.TemporaryDirectory(prefix="automodel-verify-") as name:
+        return _verify(tree, notes, own=own, folder=Path(name))
 
 
 def read_command_line(argv: list[str]) -> tuple[dict[str, int], Config]:
@@ -131,33 +120,9 @@ def read_command_line(argv: list[str]) -> tuple[dict[str, int], Config]:
     Raises:
         UserError: with every problem of the whole command line, or because this is one rank of a job.
     """
-    if is_worker(os.environ):
-        raise UserError(
-            "verify_resume starts and kills the processes itself, and this one was started as a rank of a job "
-            "(RANK or SLURM_STEP_ID is in the environment): start it once, outside torchrun and srun"
-        )
-    ours = [arg for arg in argv if arg.lstrip("+~").startswith("verify.")]
-    rest = [arg for arg in argv if arg not in ours]
-    values, problems = dict(_DEFAULTS), []
-    for arg in ours:
-        key, _, text = arg.lstrip("+~").partition("=")
-        if key not in _DEFAULTS:
-            hint = did_you_mean(key, _DEFAULTS) or "; there are: " + ", ".join(_DEFAULTS)
-            problems.append(f"{key} is not a known key{hint}")
-        elif not text.isdecimal() or int(text) < _LEAST[key]:
-            problems.append(f"{key}={text} must be a whole number of at least {_LEAST[key]}")
-        else:
-            values[key] = int(text)
-    if sweep_jobs(rest) is not None or hydra_flags(rest):
-        problems.append("verify_resume takes one configuration: leave out -m, --cfg and the like")
-        raise UserError(*problems)
-    try:
-        cfg = load_config(rest)
-    except UserError as error:
-        raise UserError(*problems, *error.problems) from None
-    if problems:
-        raise UserError(*problems)
-    return values, cfg
+    values, rest, problems = read_own_keys(argv, _KEYS)
+    require_alone("verify_resume", rest, problems)
+    return values, load_one_config(rest, problems)
 
 
 def run_config(cfg: Config, *, num_steps: int) -> tuple[dict[str, Any], list[str]]:
@@ -179,9 +144,9 @@ def run_config(cfg: Config, *, num_steps: int) -> tuple[dict[str, Any], list[str
 
 def _verify(tree: dict[str, Any], notes: list[str], *, own: dict[str, int], folder: Path) -> ExitStatus:
     print("\n".join([*notes, "the whole run ..."]), flush=True)
-    whole, killed = (Run(tree, folder, name) for name in ("whole", "killed"))
+    whole, killed = (KillableRun(tree, folder, name) for name in ("whole", "killed"))
     whole.start()
-    whole.wait_to_the_end()
+    whole.wait_until_done()
     expected = lines_of(whole.metrics)
     num_steps = max(line["step"] for line in expected if line["kind"] == "train")
     if own["verify.kills"] >= num_steps:
@@ -205,7 +170,7 @@ def _verify(tree: dict[str, Any], notes: list[str], *, own: dict[str, int], fold
 
 
 def _kill_and_go_on(
-    run: Run, tree: dict[str, Any], expected: list[dict[str, Any]], *, num_steps: int, own: dict[str, int]
+    run: KillableRun, tree: dict[str, Any], expected: list[dict[str, Any]], *, num_steps: int, own: dict[str, int]
 ) -> list[Kill]:
     """Run to the end, with a kill at each of some random steps; return the kills that hit."""
     draw = random.Random(own["verify.seed"])
@@ -217,9 +182,10 @@ def _kill_and_go_on(
         print(f"the run with kills, start {number + 1} ...", flush=True)
         run.start()
         if step is None:
-            run.wait_to_the_end()
+            run.wait_until_done()
         else:
-            kill = run.end_at(step, kinds[number % len(kinds)], draw)
+            is_in_save = (number + number // len(kinds)) % 2 == 1
+            kill = run.end_at(step, kinds[number % len(kinds)], draw, is_in_save=is_in_save)
         if kills:
             _note_how_it_went_on(kills[-1], run, expected)
         if step is not None and kill is not None:
@@ -229,77 +195,52 @@ def _kill_and_go_on(
     return kills
 
 
-def _note_how_it_went_on(kill: Kill, run: Run, expected: list[dict[str, Any]]) -> None:
+def _note_how_it_went_on(kill: Kill, run: KillableRun, expected: list[dict[str, Any]]) -> None:
     step = json.loads((run.folder / "run.json").read_text())["resumed_from_step"][-1]
     kill.came_back = "the beginning" if step is None else f"step {step}"
     lines = lines_of(run.metrics)
     kill.is_same = first_difference(expected[: len(lines)], lines) is None
 
 
-class Run:
-    """A run of one configuration that is started again and again."""
+class KillableRun(ChildRun):
+    """A run that is started and ended again and again."""
 
-    def __init__(self, tree: dict[str, Any], folder: Path, name: str) -> None:
-        self.folder, self._parent, self._name = folder / name, folder, name
-        self.metrics = self.folder / "metrics.jsonl"
-        self._output = folder / f"{name}.log"
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree | {"output_dir": str(self.folder)}))
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
 
     def start(self) -> None:
         """Start it, with its output kept out of sight."""
-        # No run id or status folder of a launcher's; by its number, the run dies with this process.
-        env = {key: value for key, value in os.environ.items() if not key.startswith("AUTOMODEL_")}
-        env[LAUNCHER_PID] = str(os.getpid())
-        env["TMPDIR"] = str(self._parent)  # for what a killed launcher leaves behind
-        command = ["-m", "automodel.run", "--config-path", str(self._parent), "--config-name", self._name]
         self._started_at = datetime.now(UTC).isoformat()
-        with self._output.open("w") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, *command], env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                process_group=0,  # a Ctrl-C reaches it through this process alone, and so once
-            )  # fmt: skip
+        super().start()
 
-    def wait_to_the_end(self) -> None:
-        """Wait until it is done.
+    def end_at(self, step: int, kind: Kind, draw: random.Random, *, is_in_save: bool) -> Kill | None:
+        """End it some time after ``step`` was logged, or in the next save; None where it had ended before.
 
         Raises:
-            UserError: its input is wrong.
-            VerifyFailed: it ended otherwise.
+            VerbFailed: it failed by itself, or ends otherwise than a signal should make it.
         """
-        status = self._wait(None)
-        if status == ExitStatus.BAD_INPUT:
-            lines = self._output.read_text(errors="replace").splitlines()
-            raise UserError(*[line.removeprefix("error: ") for line in lines if line.startswith("error: ")])
-        if status:
-            raise VerifyFailed(self._ended(status))
-
-    def end_at(self, step: int, kind: Kind, draw: random.Random) -> Kill | None:
-        """End it some time after ``step`` was logged; None where it had ended before.
-
-        Raises:
-            VerifyFailed: it failed by itself, or ends otherwise than a signal should make it.
-        """
-        moment = self._wait_for(step, kind, draw)
+        moment = self._wait_for(step, draw, is_in_save=is_in_save)
         if moment is None:
-            self.wait_to_the_end()
+            self.wait_until_done()
             return None
-        workers = _workers(self._process.pid)
-        whom = {"launcher": [self._process.pid], "worker": [draw.choice(workers)] if workers else []}
-        for pid in whom.get(kind.whom, [*workers, self._process.pid]):
+        workers = _workers(self.pid)
+        whom = {"launcher": [self.pid], "worker": [draw.choice(workers)] if workers else []}
+        for pid in whom.get(kind.whom, [*workers, self.pid]):
             _send(pid, kind.signal)
-        status = self._wait(_END_SEC)
+        status = self.wait(_END_SEC)
         self._wait_for_lock()
         if kind.signal != signal.SIGKILL and status not in (ExitStatus.STOPPED, ExitStatus.DONE):
-            raise VerifyFailed(f"after {kind.name}, {self._ended(status)}")
+            raise VerbFailed(f"after {kind.name}, {self.how_it_ended(status)}")
         return Kill(kind, moment, status)
 
-    def _wait_for(self, step: int, kind: Kind, draw: random.Random) -> str | None:
+    def _wait_for(self, step: int, draw: random.Random, *, is_in_save: bool) -> str | None:
         """Wait for the moment of a kill and return it in words; None where the run ends before."""
         share = draw.random()
         first_seen = None
-        while self._process.poll() is None:
+        while not self.has_ended:
             seen = self._num_steps_trained()
-            if seen >= step and kind.is_in_save:
+            if seen >= step and is_in_save:
                 partial = next((self.folder / "checkpoints").glob(".step_*.partial"), None)
                 if partial is not None:
                     return f"while writing {partial.name[1:].removesuffix('.partial')}"
@@ -320,17 +261,6 @@ class Run:
         """Return how long the last step took."""
         return next(each["step_time_sec"] for each in reversed(_records(self.metrics)) if each["kind"] == "train")
 
-    def _wait(self, timeout_sec: float | None) -> int:
-        try:
-            return self._process.wait(timeout_sec)
-        except KeyboardInterrupt:
-            self._process.terminate()
-            self._process.wait()
-            raise
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            raise VerifyFailed(f"the run did not end within {timeout_sec:.0f} seconds after it was killed") from None
-
     def _wait_for_lock(self) -> None:
         """Wait until the workers are gone too, and with them the lock of the run directory."""
         deadline = time.monotonic() + _END_SEC
@@ -340,11 +270,7 @@ class Run:
                     return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     time.sleep(0.05)
-        raise VerifyFailed(f"a worker of the killed run still lives after {_END_SEC:.0f} seconds")
-
-    def _ended(self, status: int) -> str:
-        last = self._output.read_text(errors="replace").splitlines()[-30:]
-        return f"the {self._name} run ended with status {status}; its last lines:\n" + "\n".join(f"  {x}" for x in last)
+        raise VerbFailed(f"a worker of the killed run still lives after {_END_SEC:.0f} seconds")
 
 
 def lines_of(metrics: Path) -> list[dict[str, Any]]:

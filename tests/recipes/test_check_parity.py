@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from automodel.check_parity import CheckFailed, both_configs, compare, compare_weights, main, read_command_line
+from automodel.check_parity import both_configs, compare, compare_weights, main, read_command_line
 from automodel.config import Config, load_config, resolved_yaml
+from automodel.verbs.command_line import VerbFailed
 from tests.recipes.command import FAST, ROOT
 
 LAYOUT = ["launch.nproc_per_node=2", "distributed=fsdp2"]
@@ -79,7 +80,7 @@ def test_a_loss_that_is_wrong_on_one_rank_fails_by_the_step_at_which_it_begins()
 
 def test_a_run_that_fails_is_told_with_its_last_lines():
     output = check(*FAST, *LAYOUT, f"{FAULTS}Raises", status=1)
-    assert "failed: the reference run (1 process with DDP) ended with status 1" in output
+    assert "failed: the reference run ended with status 1" in output
     assert "RuntimeError: this loss went wrong on purpose" in output
     assert "Traceback" not in output.partition("last lines:")[0]
 
@@ -108,8 +109,8 @@ def test_everything_wrong_with_the_command_line_is_told_at_once(capsys):
     [
         (["parity.num_steps=2"], "there is nothing to compare"),
         (["distributed=ddp", "distributed.mixed_precision=bf16"], "add launch.nproc_per_node=2"),
-        ([*LAYOUT, "-m", "rng.seed=1,2"], "compares one configuration: leave out -m"),
-        ([*LAYOUT, "--cfg", "job"], "compares one configuration: leave out -m"),
+        ([*LAYOUT, "-m", "rng.seed=1,2"], "takes one configuration: leave out -m"),
+        ([*LAYOUT, "--cfg", "job"], "takes one configuration: leave out -m"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(capsys, argv, words):
@@ -135,8 +136,8 @@ def test_help_needs_no_torch():
 
 
 def configs_of(*argv: str) -> tuple[dict[str, dict], list[str]]:
-    limits, cfg, sets_precision = read_command_line(list(argv))
-    return both_configs(cfg, num_steps=limits.num_steps, sets_precision=sets_precision)
+    own, cfg, sets_precision = read_command_line(list(argv))
+    return both_configs(cfg, num_steps=own["parity.num_steps"], sets_precision=sets_precision)
 
 
 def test_the_reference_differs_from_the_layout_in_distributed_and_launch_alone(tmp_path):
@@ -212,5 +213,5 @@ def test_runs_that_wrote_other_weights_cannot_be_compared(tmp_path):
     wider = write_run(tmp_path / "c", losses=[], up=torch.ones(3))
     none = write_run(tmp_path / "d", losses=[])
     for first, second, words in ((one, more, "only one has: down"), (one, wider, "of shape"), (none, none, "any")):
-        with pytest.raises(CheckFailed, match=words):
+        with pytest.raises(VerbFailed, match=words):
             compare_weights(first / "model", second / "model")

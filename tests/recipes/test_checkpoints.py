@@ -27,21 +27,21 @@ def verify(*argv: str, status: int, **env: str) -> str:
     return output
 
 
-def test_a_run_that_is_killed_in_a_save_and_loses_a_worker_comes_to_the_same_end(tmp_path):
-    # With this seed, all processes are killed while they write a checkpoint, and then one worker.
+def test_a_run_that_loses_a_worker_and_is_killed_in_a_save_comes_to_the_same_end(tmp_path):
+    # With this seed, one worker is killed, and then all processes while they write a checkpoint.
     output = verify(
-        "launch.nproc_per_node=2", "verify.kills=2", "verify.seed=5", "verify.num_steps=8", f"{LOSSES}Slow",
+        "launch.nproc_per_node=2", "verify.kills=2", "verify.seed=193", "verify.num_steps=8", f"{LOSSES}Slow",
         "step_scheduler.val_every_steps=4", "step_scheduler.local_batch_size=16", status=0,
         TMPDIR=str(tmp_path), AUTOMODEL_RUN_ID="of-another-run",
     )  # fmt: skip
-    assert re.search(r"^KILL of all in a save +while writing step_0000000\d +-9 +\S.* yes$", output, re.MULTILINE)
-    assert re.search(r"^KILL of one worker +after step \d +1 +step \d +yes$", output, re.MULTILINE), output
+    assert re.search(r"^KILL of all +while writing step_0000000\d +-9 +\S.* yes$", output, re.MULTILINE)
+    assert re.search(r"^KILL of one worker +after step \d +1 +\S.* yes$", output, re.MULTILINE), output
     assert "passed: 10 lines of metrics and the weights after step 8 are the same" in output
     assert not list(tmp_path.glob("automodel-*"))
 
 
 def test_what_a_checkpoint_does_not_hold_is_found():
-    output = verify("verify.kills=1", "verify.seed=18", "verify.num_steps=8", f"{LOSSES}GrowsWithEveryCall",
+    output = verify("verify.kills=1", "verify.seed=11", "verify.num_steps=8", f"{LOSSES}GrowsWithEveryCall",
                     "step_scheduler.local_batch_size=32", status=1)  # fmt: skip
     assert re.search(r"^KILL +after step \d +-9 +step \d +NO$", output, re.MULTILINE), output
     assert re.search(r"^  metrics: line \d, step \d: (loss|grad_norm) is \S+ instead of \S+$", output, re.MULTILINE)

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 # A row may import rows below it, never above, nor its own neighbours.
 ROWS = (
     {"run", "preview", "check_parity", "verify_resume", "export", "__main__"},
+    {"verbs"},
     {"recipes"},
     {"train", "eval"},
     {"data", "models", "losses", "optim", "checkpoint", "loggers"},
