@@ -65,6 +65,7 @@ def run_recipe(cfg: Config) -> ExitStatus:
     # The stacks in C++ of a peer that lost a connection would bury the words of the rank that failed.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from automodel.distributed.dist_info import destroy_global_state, initialize_distributed
+    from automodel.distributed.flight_recorder import record_collectives
     from automodel.distributed.watchdog import start_watchdog
     from automodel.train.rng import make_deterministic
     from automodel.train.signals import serve_one_run
@@ -72,6 +73,7 @@ def run_recipe(cfg: Config) -> ExitStatus:
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
     setup_logging(rank, None)
     serve_one_run()
+    record_collectives()
     if cfg.rng.deterministic:
         make_deterministic()
     try:
@@ -89,6 +91,8 @@ def run_recipe(cfg: Config) -> ExitStatus:
     watchdog = start_watchdog(info, cfg.dist_env.init_timeout_minutes, tell=tell_failure, before_exit=note_failure)
     try:
         run_dir, run_id = _open_run_dir(cfg, info)
+        if watchdog is not None:
+            watchdog.record_folder = run_dir.flight_recorder_dir
         from automodel.recipes.assembly import Job  # brings in transformers, so only once the lock is ours
 
         _recipe_function(cfg)(Job(cfg, info, run_dir, run_id))

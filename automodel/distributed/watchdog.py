@@ -17,12 +17,14 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 
 from automodel.distributed.dist_info import DistInfo
+from automodel.distributed.flight_recorder import PREFIX, last_collective, write_record
 from automodel.types import ExitStatus
 
 INTERVAL_SEC = 1.0
@@ -97,6 +99,7 @@ class Report:
     is_waiting: bool
     stuck_sec: int
     stack: str
+    last_collective: str = ""
 
 
 class Watchdog:
@@ -106,7 +109,12 @@ class Watchdog:
         store: the job's store; a connection of its own is made from it.
         tell: shows the user what a stall looks like.
         before_exit: called with the failure before this process is ended because of another one.
+
+    Attributes:
+        record_folder: where the ranks of a stall write their last collectives, once it is known.
     """
+
+    record_folder: Path | None = None
 
     def __init__(
         self,
@@ -243,7 +251,10 @@ class Watchdog:
             _is_waiting(frame),
             round(time.monotonic() - self._position_since),
             "".join(traceback.format_stack(frame)[-8:]) if frame else "",
+            last_collective(),
         )
+        if self.record_folder is not None:
+            write_record(self.record_folder)
         self.store.set(f"watchdog/report/{self.rank}", json.dumps(asdict(report)))
         if not report.is_waiting:
             words = f"rank {self.rank} keeps the others waiting; it is here:\n{report.stack}"
@@ -265,7 +276,12 @@ class Watchdog:
         late = late_ranks(reports) or sorted(missing) or [self.rank]
         failure = Failure(late[0], f"stalled in {_place}", self.rank)
         if self._claim(failure) == failure:
-            self.tell(stall_message(reports, mute=sorted(missing)))
+            message = stall_message(reports, mute=sorted(missing))
+            if self.record_folder is not None and self.record_folder.is_dir():
+                message += (
+                    f"\nthe last collectives of each rank: torchfrtrace -j --prefix {PREFIX} {self.record_folder}"
+                )
+            self.tell(message)
         for rank in missing & self._local_peers.keys():
             os.kill(self._local_peers[rank], signal.SIGKILL)  # stopped as it is, it would outlast a launcher's TERM
 
@@ -307,14 +323,15 @@ def stall_message(reports: Sequence[Report], *, mute: Sequence[int]) -> str:
     if not late and not mute:
         lines = [f"stalled: every rank has waited for the others for {longest} s; they do not agree on what comes next"]
     lines += [f"{_ranks(mute)}: no answer at all; the process is stopped, or its node is gone"] if mute else []
-    groups: dict[tuple[str, str], list[Report]] = defaultdict(list)
+    groups: dict[tuple[str, str, str], list[Report]] = defaultdict(list)
     for report in sorted(reports, key=lambda report: report.is_waiting):
-        groups[report.place, report.stack].append(report)
-    for (place, stack), members in groups.items():
+        groups[report.place, report.stack, report.last_collective].append(report)
+    for (place, stack, last), members in groups.items():
         hosts = sorted({f"{member.host} pid {member.pid}" for member in members})
         state = "waiting" if members[0].is_waiting else "late"
         lines += [f"{_ranks([member.rank for member in members])} ({', '.join(hosts)}), {state} in {place}:"]
         lines += [stack.rstrip()]
+        lines += [f"  last collective: {last}"] if last else []
     return "\n".join(lines)
 
 

@@ -29,6 +29,7 @@ class RunDir:
         self.model_dir = path / "model"
         self.tokenizer_dir = path / "tokenizer"
         self.log_path = path / "train.log"
+        self.flight_recorder_dir = path / "flight_recorder"
         self.config_path = path / "config.yaml"
         self.run_json_path = path / "run.json"
         self._lock_path = path / ".lock"

@@ -19,7 +19,8 @@ CASES = {
     "Killed": (["launcher: rank 1 was killed by SIGKILL", "rank 1 failed in training, step 4"], "rank 1: its process"),
     "Sleeps": (
         ["rank 1 keeps the others waiting", "stalled: rank 0 waited", "did not arrive: rank 1", "time.sleep(600)",
-         "late in training, step 4", "waiting in training, step 4"],
+         "late in training, step 4", "waiting in training, step 4", "last collective: gloo:",
+         "torchfrtrace -j --prefix rank_"],
         "rank 1: stalled in training, step 4",
     ),
     "Stopped": (
@@ -43,6 +44,8 @@ def test_the_job_ends_and_names_the_rank(tmp_path, fault):
     for word in words:
         assert word in output
     assert json.loads((folder / "run.json").read_text())["ended"]["error"].startswith(ended)
+    records_left = {"Sleeps": ["rank_0", "rank_1"], "Stopped": ["rank_0"]}.get(fault, [])
+    assert sorted(path.name for path in folder.glob("flight_recorder/*")) == records_left
 
 
 def test_the_first_failing_ranks_traceback_is_the_last_on_the_screen(tmp_path):

@@ -149,7 +149,10 @@ def test_how_the_preview_ends(tmp_path, capsys):
     status, told = ended(["dataset=jsonl", "dataset.path=no/such.jsonl", "preview.num_row=1"], capsys)
     assert status == 2 and "preview.num_row is not a known key; did you mean preview.num_rows?" in told
     assert "dataset.path=no/such.jsonl: there is no such file" in told
-    assert ended(["preview.num_rows=x"], capsys) == (2, "error: preview.num_rows=x must be a whole number of at least 0\n")
+    assert ended(["preview.num_rows=x"], capsys) == (
+        2,
+        "error: preview.num_rows=x must be a whole number of at least 0\n",
+    )
 
 
 def test_sources_keep_templates_of_their_own_and_are_named_without_a_plus(tmp_path, caplog):
