@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from automodel.distributed.ddp import DDP
@@ -68,9 +70,15 @@ def parallel_model(name: str, *, tied: bool = True, model: nn.Module | None = No
     strategy, info = STRATEGIES[name], cpu_info()
     if name.startswith("zero"):
         cuda_streams.install()
-    mesh = strategy.build_mesh(info)
+    mesh = _mesh(name)
     model = tiny_llama(tied=tied) if model is None else model
     return strategy.parallelize(model, dist_info=info, mesh=mesh), strategy, data_parallel(mesh)
+
+
+@cache
+def _mesh(name: str) -> DeviceMesh:
+    """Return the mesh of a strategy, one for all tests: each group has threads that wake up a hundred times a second."""
+    return STRATEGIES[name].build_mesh(cpu_info())
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
