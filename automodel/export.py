@@ -155,7 +155,8 @@ def read_run(options: Options) -> Run:
         UserError: it is incomplete or damaged, lies in no run directory, or does not go with the options.
     """
     checkpoint, run_dir = options.checkpoint, options.checkpoint.parent.parent
-    from automodel.checkpoint.training import PROGRESS, damage
+    from automodel.checkpoint.manifest import damage
+    from automodel.checkpoint.training import PROGRESS
 
     problem = damage(checkpoint)
     if problem:

@@ -28,6 +28,7 @@ from automodel.checkpoint.training import (
     load_checkpoint,
     newest_checkpoint,
     read_progress,
+    require_whole,
 )
 from automodel.config import Config, masked, resolved_yaml
 from automodel.data.loader import Collate, Loader, TrainLoader
@@ -242,9 +243,13 @@ def _choose_start(job: Job, facts: dict[str, Any]) -> tuple[Path | None, int]:
                 "choose another output_dir, or checkpoint.resume=auto to go on"
             )
         return None, 0
-    folder = newest_checkpoint(own_folder) if resume == "auto" else Path(resume)
-    if folder is None:
-        return None, 0
+    if resume == "auto":
+        folder = newest_checkpoint(own_folder)
+        if folder is None:
+            return None, 0
+    else:
+        folder = Path(resume)
+        require_whole(folder)
     saved = run_on_main(lambda: read_progress(folder))
     changed = [
         f"{name} is {now!r}, but the checkpoint {folder} was made with {saved.get(name)!r}: the rows of a step would "

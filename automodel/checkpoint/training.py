@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 import shutil
 import threading
 import time
-import zlib
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from automodel.checkpoint.manifest import damage_seen_by_all, seal, sync
 from automodel.checkpoint.retention import Retention
 from automodel.checkpoint.staging import HostCopy, num_bytes, share_of
 from automodel.distributed.megatron_fsdp import describe_uneven_shards
@@ -32,7 +31,6 @@ from automodel.types import UserError
 
 log = get_logger(__name__)
 
-MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 _STEP_FOLDER = re.compile(r"step_(\d{8})")
 
@@ -156,7 +154,9 @@ class Checkpointer:
         started, write = time.monotonic(), self._write
         try:
             dcp.save(app, checkpoint_id=_partial(final), process_group=self._group)
-            run_on_main(lambda: self._publish(final, progress), group=self._group)
+            run_on_main(lambda: _write_progress(_partial(final), progress), group=self._group)
+            seal(_partial(final), group=self._group)
+            run_on_main(lambda: self._publish(final, progress["step"]), group=self._group)
         except BaseException as error:  # torch's CheckpointException is no Exception, and finish must end in any case
             self._fail(final, error)
             return
@@ -186,21 +186,14 @@ class Checkpointer:
             raise NoRoom(f"it takes about {-(-size // 2**20)} MiB, and {free // 2**20} MiB are free on its disk")
         partial.mkdir()
 
-    def _publish(self, final: Path, progress: dict[str, Any]) -> None:
-        """Make the folder complete, give it its name in one step, then delete what need not stay."""
-        partial = _partial(final)
-        (partial / PROGRESS).write_text(json.dumps(progress | {"world_size": dist.get_world_size()}, indent=2))
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        manifest = {str(path.relative_to(partial)): _size_and_checksum(path) for path in files}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
-        for path in [*files, partial / MANIFEST, partial]:
-            _sync(path)
+    def _publish(self, final: Path, step: int) -> None:
+        """Give the complete folder its name in one step, then delete what need not stay."""
         if final.exists():
             _delete(final)
-        partial.rename(final)
-        _sync(self.folder)
+        _partial(final).rename(final)
+        sync(self.folder)
         _point(self.folder / "latest", final.name)
-        self._prune(progress["step"])
+        self._prune(step)
 
     def _prune(self, newest: int) -> None:
         folders = {int(_STEP_FOLDER.fullmatch(path.name)[1]): path for path in _step_folders(self.folder)}
@@ -215,23 +208,33 @@ class Checkpointer:
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete checkpoint under ``folder``, or None; says why it passes over a newer one.
 
-    Every rank must call it; rank 0 looks.
+    Every rank must call it, and reads its share of every checkpoint.
     """
-    return run_on_main(lambda: _newest_complete(folder))
+    for candidate in reversed(run_on_main(lambda: _step_folders(folder))):
+        problem = damage_seen_by_all(candidate)
+        if problem is None:
+            return candidate
+        if dist.get_rank() == 0:
+            log.warning("%s is passed over: %s", candidate, problem)
+    return None
+
+
+def require_whole(folder: Path) -> None:
+    """Raise UserError on every rank where a checkpoint is incomplete or damaged; every rank must call it."""
+    problem = damage_seen_by_all(folder)
+    if problem:
+        raise UserError(f"checkpoint.resume={folder}: {problem}")
 
 
 def load_checkpoint(folder: Path, state: TrainState) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Put the state saved in ``folder`` in place; every rank must call it.
+    """Put the state saved in ``folder``, a whole checkpoint, in place; every rank must call it.
 
     Returns:
         (progress as saved, this rank's random state or None where it was saved on fewer ranks).
 
     Raises:
-        UserError: the folder is incomplete or damaged, or belongs to another model.
+        UserError: the checkpoint belongs to another model.
     """
-    problem = run_on_main(lambda: damage(folder))
-    if problem:
-        raise UserError(f"checkpoint.resume={folder}: {problem}")
     progress = read_progress(folder)
     app = _app_state(state)
     own_rng = f"rng_{dist.get_rank()}"
@@ -268,37 +271,9 @@ def read_progress(folder: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint.resume={folder}: not a complete training checkpoint ({error})") from error
 
 
-def damage(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint folder, or None when every file is as it was written."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        return f"no {MANIFEST}: the save was not finished, or this is no checkpoint of ours"
-    except ValueError:
-        return f"{MANIFEST} is damaged"
-    for name, expected in manifest.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
-        if _size_and_checksum(path) != expected:
-            return f"{name} is damaged: its checksum differs"
-    return None
-
-
 def _step_folders(folder: Path) -> list[Path]:
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted(path for path in found if _STEP_FOLDER.fullmatch(path.name))
-
-
-def _newest_complete(folder: Path) -> Path | None:
-    for candidate in reversed(_step_folders(folder)):
-        problem = damage(candidate)
-        if problem is None:
-            return candidate
-        log.warning("%s is passed over: %s", candidate, problem)
-    return None
 
 
 def _app_state(state: TrainState) -> dict[str, Any]:
@@ -340,6 +315,10 @@ def _free_room(folder: Path) -> str:
         return f"its disk does not answer ({error})"
 
 
+def _write_progress(partial: Path, progress: dict[str, Any]) -> None:
+    (partial / PROGRESS).write_text(json.dumps(progress | {"world_size": dist.get_world_size()}, indent=2))
+
+
 def _partial(final: Path) -> Path:
     return final.with_name(f".{final.name}.partial")
 
@@ -361,22 +340,6 @@ def _first_words(error: BaseException) -> str:
     if isinstance(error, dcp.api.CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _size_and_checksum(path: Path) -> dict[str, int]:
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return {"size": path.stat().st_size, "crc32": checksum}
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _point(link: Path, name: str) -> None:

@@ -60,10 +60,11 @@ def collective_timeout(timeout_minutes: float, *, then_minutes: float) -> Iterat
         set_collective_timeout(then_minutes)
 
 
-def everywhere(action: Callable[[], T]) -> T:
+def everywhere(action: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> T:
     """Run ``action`` on every rank and return its result, or raise on every rank when any one of them failed.
 
-    Every rank must call it. A rank raises its own error; the others raise that of the lowest failing rank.
+    Every rank must call it. A rank raises its own error; the others raise that of the lowest failing rank. They hear
+    of it over ``group`` (of all ranks; None: the main one).
     """
     result, failure = None, None
     try:
@@ -71,7 +72,7 @@ def everywhere(action: Callable[[], T]) -> T:
     except Exception as error:
         failure = error
     told: list = [None] * dist.get_world_size()
-    dist.all_gather_object(told, portable(failure))
+    dist.all_gather_object(told, portable(failure), group=group)
     if failure is not None:
         raise failure
     for rank, error in enumerate(told):

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from automodel.checkpoint import training
+from automodel.checkpoint import manifest, training
+from automodel.checkpoint.manifest import damage
 from automodel.checkpoint.retention import Retention
-from automodel.checkpoint.training import Checkpointer, SaveError, TrainState, damage, load_checkpoint
+from automodel.checkpoint.training import Checkpointer, SaveError, TrainState, require_whole
 from automodel.data.collate import CausalLMCollator
 from automodel.data.loader import TrainLoader
 from automodel.losses.cross_entropy import CrossEntropy
@@ -200,12 +201,30 @@ def save_one(folder: str) -> None:
     Checkpointer(Path(folder), retention=Retention()).save(run.state, progress={"step": 1}, rng={})
 
 
+def sum_in_shares(folder: str) -> list[str]:
+    """Check a folder and return the files that this rank read."""
+    read, sum_up = [], manifest._size_and_checksum
+    manifest._size_and_checksum = lambda path: (read.append(path.name), sum_up(path))[1]
+    try:
+        require_whole(Path(folder))
+    finally:
+        manifest._size_and_checksum = sum_up
+    return read
+
+
+def test_every_rank_checks_its_share_of_a_checkpoint(two_ranks, tmp_path):
+    two_ranks.run(save_one, str(tmp_path))
+    folder = tmp_path / "step_00000001"
+    one, other = two_ranks.run(sum_in_shares, str(folder))
+    assert one and other and sorted(one + other) == sorted(json.loads((folder / "manifest.json").read_text()))
+
+
 def refusal(folder: str) -> str:
     try:
-        load_checkpoint(Path(folder), Training("fsdp2").state)
+        require_whole(Path(folder))
     except UserError as error:
         return str(error)
-    return "loaded"
+    return "whole"
 
 
 def test_damaged_checkpoints_are_refused_in_words_on_every_rank(two_ranks, tmp_path):
@@ -216,4 +235,4 @@ def test_damaged_checkpoints_are_refused_in_words_on_every_rank(two_ranks, tmp_p
         spoil(folder)
         for told in two_ranks.run(refusal, str(folder)):
             assert f"checkpoint.resume={folder}: {words}" in told
-    assert two_ranks.run(refusal, str(tmp_path / "whole" / "step_00000001")) == ["loaded", "loaded"]
+    assert two_ranks.run(refusal, str(tmp_path / "whole" / "step_00000001")) == ["whole", "whole"]
