@@ -44,6 +44,12 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(name)
 
 
+def warn_for_all(logger: logging.Logger, message: str, *args: object) -> None:
+    """Log a warning that every rank comes to alike: rank 0 speaks."""
+    if logger.isEnabledFor(logging.INFO):
+        logger.warning(message, *args)
+
+
 def setup_logging(rank: int, log_file: Path | None = None) -> None:
     """Send our log lines to the screen, and on rank 0 to ``log_file``; calling again begins anew."""
     root = logging.getLogger(_ROOT)

@@ -20,7 +20,7 @@ from automodel.launch.run_id import default_run_id
 from automodel.launch.submission import forget_interactive_step, submission_of
 from automodel.launch.worker import die_with_launcher, is_worker, leave, tell_failure
 from automodel.logs import get_logger, setup_logging
-from automodel.types import ExitStatus, UserError
+from automodel.types import ExitStatus, RunError, UserError
 
 if TYPE_CHECKING:
     from automodel.distributed.dist_info import DistInfo
@@ -81,6 +81,9 @@ def run_recipe(cfg: Config) -> ExitStatus:
     except UserError as error:
         _tell(error)
         return ExitStatus.BAD_INPUT
+    except RunError as error:
+        tell_failure(f"error: {error}")
+        return ExitStatus.FAILED
     run_dir = None
 
     def note_failure(failure: Failure) -> None:
@@ -185,9 +188,14 @@ def _how_it_failed(error: BaseException, watchdog: Watchdog | None) -> tuple[Exi
     if watchdog is not None:
         watchdog.fail(what)
     _record_for_agent(error)
-    is_interrupt = isinstance(error, KeyboardInterrupt)
-    tell_failure("interrupted" if is_interrupt else "".join(traceback.format_exception(error)))
+    tell_failure(_in_words(error))
     return ExitStatus.FAILED, {"status": "failed", "error": what}
+
+
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return f"error: {error}" if isinstance(error, RunError) else "".join(traceback.format_exception(error))
 
 
 def _is_echo(error: BaseException) -> bool:

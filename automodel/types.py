@@ -15,6 +15,10 @@ class ExitStatus(IntEnum):
     STOPPED = 75
 
 
+class RunError(RuntimeError):
+    """A run, or a verb, cannot go on, and the message says all that helps: told without a traceback, status 1."""
+
+
 class UserError(Exception):
     """What the user gave is wrong: told in plain lines without a traceback, and the run ends with status 2.
 

@@ -39,7 +39,7 @@ from automodel.distributed.ordering import collective_timeout, everywhere, run_o
 from automodel.distributed.watchdog import mark
 from automodel.loggers.fanout import MetricSink, open_loggers
 from automodel.loggers.rundir import RunDir, environment_record
-from automodel.logs import add_log_file, get_logger
+from automodel.logs import add_log_file, get_logger, warn_for_all
 from automodel.models.adapters import Task
 from automodel.optim.optimizers import parameter_groups
 from automodel.train.loop import Evaluator, Timeouts, TrainLoop
@@ -260,7 +260,7 @@ def _choose_start(job: Job, facts: dict[str, Any]) -> tuple[Path | None, int]:
     if changed and not job.cfg.checkpoint.allow_changes:
         raise UserError(*changed)
     for change in changed:
-        log.warning("checkpoint.allow_changes=true: %s", change.partition(";")[0])
+        warn_for_all(log, "checkpoint.allow_changes=true: %s", change.partition(";")[0])
     return folder, saved["metrics_size"] if folder.resolve().parent == own_folder.resolve() else 0
 
 

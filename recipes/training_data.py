@@ -21,7 +21,7 @@ from automodel.data.sources import shorter
 from automodel.data.stream import Stream, StreamLoader
 from automodel.data.train_set import TrainSet, build_train_set
 from automodel.distributed.first_rank import FirstRankPerNode, node_group
-from automodel.logs import get_logger
+from automodel.logs import get_logger, warn_for_all
 from automodel.recipes.assembly import Job, build
 from automodel.types import UserError
 
@@ -98,7 +98,7 @@ def prepare_sft_data(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -
     if fatal:
         raise UserError(*fatal, "data_checks=warn trains all the same; python -m automodel.preview shows the rows")
     for problem in problems:
-        log.warning("%s", problem.text)
+        warn_for_all(log, "%s", problem.text)
     return data
 
 
@@ -143,7 +143,7 @@ def _load_parts(
     tokenizer.chat_template = next(iter(templates.values()), own_template)
     if len(set(templates.values())) > 1:
         first = next(iter(templates))
-        log.warning("the sources are rendered by different chat templates; the export gets that of %s", first)
+        warn_for_all(log, "the sources are rendered by different chat templates; the export gets that of %s", first)
     return rows
 
 

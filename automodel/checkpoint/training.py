@@ -27,7 +27,7 @@ from automodel.distributed.megatron_fsdp import describe_uneven_shards
 from automodel.distributed.ordering import run_on_main
 from automodel.distributed.wrappers import is_megatron_fsdp, unwrap
 from automodel.logs import get_logger
-from automodel.types import UserError
+from automodel.types import RunError, UserError
 
 log = get_logger(__name__)
 
@@ -35,7 +35,7 @@ PROGRESS = "progress.json"
 _STEP_FOLDER = re.compile(r"step_(\d{8})")
 
 
-class SaveError(RuntimeError):
+class SaveError(RunError):
     """A checkpoint could not be written; those before it are as they were."""
 
 
@@ -168,13 +168,13 @@ class Checkpointer:
     def _fail(self, final: Path, error: BaseException) -> None:
         """End the write with a SaveError."""
         shutil.rmtree(_partial(final), ignore_errors=True)  # it would only take room
-        reason = str(error) if isinstance(error, NoRoom) else _free_room(self.folder)
+        reason = str(error) if isinstance(error, NoRoom) else f"{_first_words(error)}; {_free_room(self.folder)}"
         failure = SaveError(
             f"checkpoint {final} could not be written: {reason}; the checkpoints before it are untouched"
         )
         failure.__cause__ = error
         if self.on_error == "continue" and dist.get_rank() == 0:
-            log.warning("%s (%s). Training goes on, and the next save tries again", failure, _first_words(error))
+            log.warning("%s. checkpoint.on_error=continue leaves it to the next save", failure)
         self._write.set_exception(failure)
 
     def _make_room(self, partial: Path, size: int) -> None:

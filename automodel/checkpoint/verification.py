@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from automodel.checkpoint.reader import some
 from automodel.distributed.layers import decoder_layers
 from automodel.distributed.wrappers import is_peft_model, reshard, unwrap
+from automodel.types import RunError
 
 _NUM_ROWS, _LENGTH = 2, 16
 _TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3}
@@ -24,7 +25,7 @@ _LOW_PRECISION_TOLERANCE = 5e-2
 """bf16 keeps three digits of every activation, and their errors add up over the layers."""
 
 
-class ExportError(RuntimeError):
+class ExportError(RunError):
     """What was written does not load to the model that was trained."""
 
 

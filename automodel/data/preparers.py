@@ -22,7 +22,7 @@ from automodel.data.formats import (
 from automodel.data.readers import MAX_PROBLEMS, BadRow, Row, raise_problems
 from automodel.data.rows import RowCounts, renders_with_template
 from automodel.data.tokenize import Supervise, Tokens, Truncation, cut, shifted_example, tokenize_input, tokenize_shape
-from automodel.logs import get_logger
+from automodel.logs import get_logger, warn_for_all
 from automodel.types import IGNORE_INDEX, UserError
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def tell_skipped(name: str, counts: RowCounts) -> None:
     """Say which damaged rows were skipped, if any."""
     if counts.num_bad:
         first = "\n  ".join(counts.bad_rows)
-        log.warning("%s: %d damaged rows are skipped, the first of them:\n  %s", name, counts.num_bad, first)
+        warn_for_all(log, "%s: %d damaged rows are skipped, the first of them:\n  %s", name, counts.num_bad, first)
 
 
 def _prompt(

@@ -21,7 +21,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from automodel.environment import is_loopback, other_node, uses_agent_store
-from automodel.types import UserError
+from automodel.types import RunError, UserError
 
 RESOLVE_SEC = 5.0
 """How long the name of rank 0's node may be unknown; a cluster's name server can lag behind the nodes."""
@@ -40,7 +40,7 @@ _served: dict[int, dist.TCPStore] = {}
 """By port, the stores that this process serves: until it ends, so that peers can finish, or start once more."""
 
 
-class StartError(RuntimeError):
+class StartError(RunError):
     """The ranks of the job did not come together; the message says which are missing."""
 
 

@@ -16,17 +16,18 @@ from automodel.distributed.ordering import collective_timeout, set_collective_ti
 from automodel.distributed.reduce import read
 from automodel.distributed.watchdog import mark
 from automodel.loggers.fanout import MetricSink
-from automodel.logs import get_logger, progress
+from automodel.logs import get_logger, progress, warn_for_all
 from automodel.train.meter import Meter
 from automodel.train.rng import rng_state
 from automodel.train.signals import StopRequest
 from automodel.train.step import Batch, LossFn, StepConfig, StepResult, train_step
 from automodel.train.step_scheduler import StepScheduler
+from automodel.types import RunError
 
 log = get_logger(__name__)
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """The loss or the gradient norm of a step was not finite, and ``on_non_finite`` is ``stop``."""
 
 
@@ -167,7 +168,7 @@ class TrainLoop:
             return
         what = f"step {step}: loss sum {read(result.loss_sum)}, gradient norm {read(result.grad_norm)}"
         if self.on_non_finite == "skip":
-            log.warning("%s; not finite, so no weight was changed (on_non_finite=skip)", what)
+            warn_for_all(log, "%s; not finite, so no weight was changed (on_non_finite=skip)", what)
             return
         rank = torch.distributed.get_rank()
         dump = self.dump_folder / f"non_finite_step_{step}_rank_{rank}.pt"

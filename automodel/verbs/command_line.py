@@ -11,10 +11,10 @@ from typing import Any
 from automodel.config import Config, has_help, hydra_flags, load_config, sweep_jobs
 from automodel.config.names import did_you_mean
 from automodel.launch.worker import is_worker
-from automodel.types import ExitStatus, UserError
+from automodel.types import ExitStatus, RunError, UserError
 
 
-class VerbFailed(Exception):
+class VerbFailed(RunError):
     """What the verb was to do, or to show, came to nothing; the message says how."""
 
 
