@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 _ROOT = "automodel"
+_is_main = True  # until setup_logging says otherwise
 _console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -46,12 +47,14 @@ def get_logger(name: str) -> logging.Logger:
 
 def warn_for_all(logger: logging.Logger, message: str, *args: object) -> None:
     """Log a warning that every rank comes to alike: rank 0 speaks."""
-    if logger.isEnabledFor(logging.INFO):
+    if _is_main:
         logger.warning(message, *args)
 
 
 def setup_logging(rank: int, log_file: Path | None = None) -> None:
     """Send our log lines to the screen, and on rank 0 to ``log_file``; calling again begins anew."""
+    global _is_main
+    _is_main = rank == 0
     root = logging.getLogger(_ROOT)
     for handler in list(root.handlers):
         root.removeHandler(handler)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from automodel import logs
+
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
@@ -22,7 +24,9 @@ def own_log() -> Iterator[None]:
     """Put the project's logger back as it was: a verb that runs within a test sends it to the screen."""
     logger = logging.getLogger("automodel")
     before = (list(logger.handlers), logger.level, logger.propagate)
+    is_main = logs._is_main
     yield
+    logs._is_main = is_main
     logger.handlers[:], logger.level, logger.propagate = before
 
 

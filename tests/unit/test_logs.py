@@ -2,24 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-
-import pytest
-
-from automodel.logs import add_log_file, get_logger, progress, setup_logging
-
-
-@pytest.fixture(autouse=True)
-def handlers_put_back():
-    root = logging.getLogger("automodel")
-    before = (list(root.handlers), root.level, root.propagate)
-    yield
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-    for handler in before[0]:
-        root.addHandler(handler)
-    root.setLevel(before[1])
-    root.propagate = before[2]
+from automodel.logs import add_log_file, get_logger, progress, setup_logging, warn_for_all
 
 
 def spoken(capsys, rank: int) -> list[str]:
@@ -28,11 +11,12 @@ def spoken(capsys, rank: int) -> list[str]:
     log = get_logger("automodel.train.loop")
     log.info("an [info] line")
     log.warning("a warning")
+    warn_for_all(log, "seen by %s", "all")
     return [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]
 
 
 def test_rank_0_says_everything_once(capsys):
-    assert spoken(capsys, 0) == ["an [info] line", "a warning"]
+    assert spoken(capsys, 0) == ["an [info] line", "a warning", "seen by all"]
 
 
 def test_other_ranks_only_warn_with_their_rank(capsys):
