@@ -41,6 +41,7 @@ from automodel.loggers.fanout import MetricSink, open_loggers
 from automodel.loggers.rundir import RunDir, environment_record
 from automodel.logs import add_log_file, get_logger, warn_for_all
 from automodel.models.adapters import Task
+from automodel.models.sharded_loading import unfilled_model
 from automodel.optim.optimizers import parameter_groups
 from automodel.train.loop import Evaluator, Timeouts, TrainLoop
 from automodel.train.meter import Meter
@@ -98,17 +99,35 @@ class Job:
             **options,
         )
 
-    def build_model(self, load: Callable[[], PreTrainedModel], *, task: Task) -> nn.Module:
-        """Load the model on every rank, add the adapters of ``peft``, and wrap or shard it on its device.
+    def build_model(
+        self,
+        source: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        task: Task,
+        label_names: Sequence[str] | None = None,
+    ) -> nn.Module:
+        """Load what ``source`` builds, add the adapters of ``peft``, and wrap or shard it on its device.
 
-        Then data-parallel ranks draw random numbers of their own.
+        Where a strategy shards pretrained weights, each rank reads its own shards alone, after sharding; otherwise
+        every rank loads the whole model first. Then data-parallel ranks draw random numbers of their own.
         """
         mark("loading the model")
-        adapters = build(self.cfg.peft)
-        self.load_base = load
+        info, adapters = self.dist_info, build(self.cfg.peft)
+        self.load_base = partial(source.build, tokenizer, label_names=label_names)
+        device, unfilled = self.strategy.device_of_shards(info), None
+        if device is not None and info.world_size > 1:
+            unfilled = unfilled_model(source, tokenizer, label_names=label_names, adapters=adapters)
         seed_everything(self.cfg.rng.seed)
-        model = everywhere(load if adapters is None else lambda: adapters.apply(load(), task=task))
-        model = self.strategy.parallelize(model, dist_info=self.dist_info, mesh=self.mesh)
+
+        def load() -> nn.Module:
+            if unfilled is not None:
+                return unfilled.adapted(adapters, task=task)
+            return self.load_base() if adapters is None else adapters.apply(self.load_base(), task=task)
+
+        model = self.strategy.parallelize(everywhere(load), dist_info=info, mesh=self.mesh)
+        if unfilled is not None:
+            everywhere(lambda: unfilled.fill(model, device))
         seed_everything(self.cfg.rng.seed, rank=self.dp.rank)
         return model
 

@@ -26,7 +26,7 @@ def run(job: Job) -> None:
     tokenizer = job.load_tokenizer(source)
     with FirstRankPerNode():
         train_rows, validation_rows = _load_rows(job, source, tokenizer)
-    model = job.build_model(lambda: source.build(tokenizer, label_names=train_rows.label_names), task="SEQ_CLS")
+    model = job.build_model(source, tokenizer, task="SEQ_CLS", label_names=train_rows.label_names)
 
     loss_fn = build(cfg.loss_fn)
     collate = ClassificationCollator(pad_token_id(tokenizer), job.strategy.length_multiple)

@@ -45,7 +45,7 @@ def run(job: Job) -> None:
     source = build(cfg.model)
     tokenizer = job.load_tokenizer(source)
     data = prepare_sft_data(job, source, tokenizer)
-    model = job.build_model(lambda: source.build(tokenizer), task="CAUSAL_LM")
+    model = job.build_model(source, tokenizer, task="CAUSAL_LM")
 
     loss_fn = build(cfg.loss_fn)
     collate = CausalLMCollator(pad_token_id(tokenizer), job.strategy.length_multiple)

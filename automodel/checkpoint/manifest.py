@@ -11,11 +11,10 @@ import os
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
-from automodel.distributed.ordering import everywhere, run_on_main
+from automodel.distributed.ordering import everywhere, on_every_rank, run_on_main
 
 MANIFEST = "manifest.json"
 _BLOCK = 1 << 22
@@ -38,8 +37,7 @@ def seal(folder: Path, *, group: dist.ProcessGroup | None = None) -> None:
             sync(folder / name)
         return {name: _size_and_checksum(folder / name) for name in own}
 
-    gathered: list[Any] = [None] * world_size
-    dist.all_gather_object(gathered, everywhere(sum_up, group=group), group=group)
+    gathered = on_every_rank(everywhere(sum_up, group=group), group=group)
 
     def write() -> None:
         entries = {name: entry for each in gathered for name, entry in each.items()}
@@ -62,8 +60,7 @@ def damage_seen_by_all(folder: Path) -> str | None:
     entries, problem = run_on_main(lambda: _outline(folder))
     if problem is not None:
         return problem
-    found: list[Any] = [None] * world_size
-    dist.all_gather_object(found, _first_damaged(folder, entries, sorted(entries)[rank::world_size]))
+    found = on_every_rank(_first_damaged(folder, entries, sorted(entries)[rank::world_size]))
     return next((each for each in found if each is not None), None)
 
 

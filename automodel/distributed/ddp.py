@@ -52,6 +52,10 @@ class DDP:
             model, device_ids=device_ids, gradient_as_bucket_view=True, **{sync_buffers: False}
         )
 
+    def device_of_shards(self, dist_info: DistInfo) -> torch.device | None:
+        """Return None: ``parallelize`` takes a model with its weights alone."""
+        return None
+
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         """Leave ``optimizer`` as it is."""
 

@@ -78,6 +78,13 @@ class FSDP2:
         self._prefetch(layers)
         return model
 
+    def device_of_shards(self, dist_info: DistInfo) -> torch.device | None:
+        """Return where the shards of a model belong that came to ``parallelize`` on the meta device."""
+        import torch
+
+        on_host = self.cpu_offload or dist_info.device.type == "mps"
+        return torch.device("cpu") if on_host else dist_info.device
+
     def _prefetch(self, layers: list[nn.Module]) -> None:
         """Gather the weights of further layers while one computes; torch alone looks one layer ahead."""
         if self.num_prefetched_layers == 1:

@@ -79,6 +79,10 @@ class MegatronFSDP:
             calculate_per_token_loss=True,
         )
 
+    def device_of_shards(self, dist_info: DistInfo) -> torch.device | None:
+        """Return None: ``parallelize`` takes a model with its weights alone."""
+        return None
+
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, model: Any) -> None:
         """Have every step of ``optimizer`` copied into the weights that the next forward computes with.
 

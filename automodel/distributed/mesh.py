@@ -40,6 +40,9 @@ class Strategy(Protocol):
     def parallelize(self, model: nn.Module, *, dist_info: DistInfo, mesh: DeviceMesh) -> nn.Module:
         """Move ``model`` to the device and wrap or shard it; every rank must call it."""
 
+    def device_of_shards(self, dist_info: DistInfo) -> torch.device | None:
+        """Return where the shards of a model belong that came to ``parallelize`` on the meta device; None: none may."""
+
     def prepare_optimizer(self, optimizer: Optimizer, model: nn.Module) -> None:
         """Tie ``optimizer`` to what ``parallelize`` returned."""
 

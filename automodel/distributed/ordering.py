@@ -71,14 +71,20 @@ def everywhere(action: Callable[[], T], *, group: dist.ProcessGroup | None = Non
         result = action()
     except Exception as error:
         failure = error
-    told: list = [None] * dist.get_world_size()
-    dist.all_gather_object(told, portable(failure), group=group)
+    told = on_every_rank(portable(failure), group=group)
     if failure is not None:
         raise failure
     for rank, error in enumerate(told):
         if error is not None:
             raise error if isinstance(error, UserError) else PeerError(f"rank {rank} failed: {error!r}") from error
     return result
+
+
+def on_every_rank(value: T, *, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return what each rank gave, by rank; every rank must call it. The values travel pickled, as in ``everywhere``."""
+    told: list = [None] * dist.get_world_size()
+    dist.all_gather_object(told, value, group=group)
+    return told
 
 
 def portable(error: Exception | None) -> Exception | None:

@@ -48,15 +48,20 @@ class HFModel:
 
     def download(self) -> None:
         """Bring the weights of a hub id into the local cache; nothing happens where a folder is named."""
+        try:
+            self.weights_folder()
+        except (OSError, ValueError) as error:
+            path = self.pretrained_model_name_or_path
+            raise UserError(f"model.pretrained_model_name_or_path={path}: {_first_line(error)}") from error
+
+    def weights_folder(self) -> Path:
+        """Return the folder named, or that of a hub id in the local cache, into which missing weights are brought."""
         from huggingface_hub import snapshot_download
 
         path = self.pretrained_model_name_or_path
         if Path(path).is_dir():
-            return
-        try:
-            snapshot_download(path, revision=self.revision, allow_patterns=_WEIGHTS, ignore_patterns="*/*")
-        except (OSError, ValueError) as error:
-            raise UserError(f"model.pretrained_model_name_or_path={path}: {_first_line(error)}") from error
+            return Path(path)
+        return Path(snapshot_download(path, revision=self.revision, allow_patterns=_WEIGHTS, ignore_patterns="*/*"))
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer that belongs to the weights."""
@@ -82,6 +87,7 @@ class HFModel:
                 dtype=getattr(torch, self.dtype),
                 attn_implementation=self.attn_implementation,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # told below, in words
                 output_loading_info=True,
                 **options,
             )
@@ -89,7 +95,7 @@ class HFModel:
             raise UserError(
                 f"model.pretrained_model_name_or_path={self.pretrained_model_name_or_path}: {_first_line(error)}"
             ) from error
-        _require_complete(self.pretrained_model_name_or_path, report, has_new_head=label_names is not None, model=model)
+        require_complete(self.pretrained_model_name_or_path, report, has_new_head=label_names is not None, model=model)
         return model
 
     def build_unfilled(
@@ -107,6 +113,7 @@ class HFModel:
             model = _auto_class(label_names).from_config(
                 _with_labels(self._config(), label_names, tokenizer),
                 dtype=getattr(torch, self.dtype),
+                attn_implementation=self.attn_implementation,
                 trust_remote_code=self.trust_remote_code,
             )
         except (OSError, ValueError, ImportError) as error:
@@ -247,20 +254,30 @@ def _with_labels(
     return config
 
 
-def _require_complete(path: str, report: dict[str, Any], *, has_new_head: bool, model: PreTrainedModel) -> None:
+def require_complete(path: str, report: dict[str, Any], *, has_new_head: bool, model: PreTrainedModel) -> None:
+    """Refuse weights without a partner, by what transformers reports of loading them (a new head's excepted).
+
+    Raises:
+        UserError: weights are missing from the files, unknown to the model, or of another shape.
+    """
     missing, unexpected = set(report["missing_keys"]), set(report["unexpected_keys"])
+    misshaped = {name: shapes for name, *shapes in report["mismatched_keys"]}
     if has_new_head:
         body = model.base_model_prefix + "."
         missing = {key for key in missing if key.startswith(body)}
         unexpected = {key for key in unexpected if key.startswith(body)}
+        misshaped = {key: shapes for key, shapes in misshaped.items() if key.startswith(body)}
     problems = [
         f"model.pretrained_model_name_or_path={path}: {len(keys)} weights are {what}, such as {min(keys)}"
         for keys, what in ((missing, "missing from the checkpoint"), (unexpected, "unknown to the model"))
         if keys
     ]
-    mismatched = report.get("mismatched_keys")
-    if mismatched and not has_new_head:
-        problems.append(f"model.pretrained_model_name_or_path={path}: weights of another shape: {mismatched}")
+    if misshaped:
+        held, needed = map(list, misshaped[min(misshaped)])
+        problems.append(
+            f"model.pretrained_model_name_or_path={path}: {len(misshaped)} weights are of another shape, such as "
+            f"{min(misshaped)}: {held} in the checkpoint, {needed} in the model"
+        )
     if problems:
         raise UserError(*problems)
 
