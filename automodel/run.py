@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -41,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     forget_interactive_step(argv)
     try:
         cfg = load_config(argv)
+        jobs = sweep_jobs(argv)
     except UserError as error:
-        _tell(error)
+        _tell(error, is_shared=False)
         leave(ExitStatus.BAD_INPUT)
-    jobs = sweep_jobs(argv)
     if hydra_flags(argv):
         _show_by_hydra(argv)
     elif jobs is not None:
@@ -79,7 +80,7 @@ def run_recipe(cfg: Config) -> ExitStatus:
     try:
         info = initialize_distributed(cfg.dist_env.backend, timeout_minutes=cfg.dist_env.init_timeout_minutes)
     except UserError as error:
-        _tell(error)
+        _tell(error, is_shared=False)
         return ExitStatus.BAD_INPUT
     except RunError as error:
         tell_failure(f"error: {error}")
@@ -123,7 +124,7 @@ def _open_run_dir(cfg: Config, info: DistInfo) -> tuple[RunDir, str]:
         run_id = default_run_id()
         path = Path(cfg.output_dir) if cfg.output_dir else Path("outputs") / cfg.recipe.name / run_id
         opened.append(RunDir.open(path))
-        return path, run_id
+        return path, opened[0].recorded_run_id() or run_id
 
     path, run_id = run_on_main(open_it)
     return (opened[0] if opened else RunDir(path)), run_id
@@ -216,13 +217,19 @@ def _record_for_agent(error: BaseException) -> None:
         get_error_handler().record_exception(error)
 
 
-def _tell(error: UserError) -> None:
-    """Print the problems once for the whole job: rank 0 speaks, the others give it the time to."""
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr, flush=True)
-    else:
+def _tell(error: UserError, *, is_shared: bool = True) -> None:
+    """Print the problems once for the whole job: rank 0 speaks, the others give it the time to.
+
+    Before the ranks have met, a problem may be that of a single node: there one rank of each node speaks.
+    """
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    if rank != "0":
         time.sleep(2)
+    if rank == "0" or (not is_shared and local_rank == "0"):
+        where = "" if rank == "0" else f" on {platform.node()}"
+        for problem in error.problems:
+            print(f"error{where}: {problem}", file=sys.stderr, flush=True)
 
 
 def _run_sweep(jobs: list[list[str]]) -> int:

@@ -13,6 +13,8 @@ from automodel.config.schema import Config
 SLURM_TEMPLATES = ("srun", "torchrun")
 _SBATCH_KEYS = ("mem", "time", "job_name", "account", "partition", "qos", "constraint")
 _TIME = re.compile(r"\d+-\d+(:\d+){0,2}|\d+(:\d+){1,2}|UNLIMITED", re.IGNORECASE)
+_EARLIER_SECONDS = 60
+"""So much ahead of its time ``--signal`` may come, by sbatch's manual."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET_NAME = re.compile(
     r"(^|_)(token|pat|auth)(_|$)|secret|passw|credential|(api|access|private)_?key", re.IGNORECASE
@@ -60,6 +62,8 @@ def _check_slurm(launch: dict[str, Any]) -> Iterator[str]:
     time = launch.get("time")
     if time is not None and not _TIME.fullmatch(str(time)):
         yield f"launch.time={time} must be hours:minutes:seconds or days-hours; in a file put it in quotes: '4:00:00'"
+    elif time is not None and isinstance(launch.get("signal_seconds"), int):
+        yield from _check_signal(str(time), launch["signal_seconds"])
     for line in _texts(launch, "directives"):
         if not line.startswith("-") or not line.isprintable():
             yield f"launch.directives: {line!r} must be one option of sbatch, such as --exclusive"
@@ -74,6 +78,27 @@ def _check_slurm(launch: dict[str, Any]) -> Iterator[str]:
             yield f"launch.container_mounts: {mount!r} must be FROM:TO, without commas"
     if launch.get("container_mounts") and launch.get("container") is None:
         yield "launch.container_mounts is set without launch.container"
+
+
+def _check_signal(time: str, signal_seconds: int) -> Iterator[str]:
+    if 0 < _seconds(time) < signal_seconds + _EARLIER_SECONDS:
+        yield (
+            f"launch.time={time} is too short for launch.signal_seconds={signal_seconds}: SLURM may signal "
+            f"{_EARLIER_SECONDS} s earlier still, so the run would be stopped while it starts, again and again; "
+            "give more time, or fewer seconds (null: no signal)"
+        )
+
+
+def _seconds(time: str) -> int:
+    """Return SLURM's notation of a time limit in seconds; 0: none."""
+    days, has_days, rest = time.rpartition("-")
+    if rest.upper() == "UNLIMITED":
+        return 0
+    parts = [int(part) for part in rest.split(":")]
+    if not has_days and len(parts) == 2:
+        parts = [0, *parts]  # without days, two numbers are minutes and seconds
+    hours, minutes, seconds = (*parts, 0, 0)[:3]
+    return ((24 * int(days or 0) + hours) * 60 + minutes) * 60 + seconds
 
 
 def _check_kubernetes(launch: dict[str, Any]) -> Iterator[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import os
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -22,6 +24,7 @@ from automodel import conf
 from automodel.capabilities import LATER_KEYS, LATER_OPTIONS, NAMED_BY_USER
 from automodel.config.names import did_you_mean, leaf_keys, nearest, nearest_key
 from automodel.config.targets import check_target
+from automodel.types import UserError
 
 _SWEEP_FLAGS = ("-m", "--multirun")
 _HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "-sc",
@@ -49,19 +52,44 @@ def hydra_flags(argv: list[str]) -> bool:
 
 
 def sweep_jobs(argv: list[str]) -> list[list[str]] | None:
-    """Return the command line of every job of a sweep, or None where the command line is no sweep."""
+    """Return the command line of every job of a sweep, or None where the command line is no sweep.
+
+    Jobs that would write to the same ``output_dir`` get a folder each below it, named after the swept values and not
+    numbered, so that a job finds its own folder again when values are added.
+
+    Raises:
+        UserError: two jobs are the same.
+    """
     if not any(arg in _SWEEP_FLAGS for arg in argv):
         return None
     overrides = get_args_parser().parse_known_args(argv)[0].overrides
     options = [arg for arg in argv if arg not in overrides and arg not in _SWEEP_FLAGS]
-    choices = [_lines(override) for override in _parse(overrides, [])]
-    return [[*options, *lines] for lines in itertools.product(*choices)]
+    parsed = list(_parse(overrides, []))
+    combinations = list(itertools.product(*(_lines(override) for override in parsed)))
+    jobs = [[*options, *lines] for lines in combinations]
+    folders = [_output_dir(job) for job in jobs]
+    given = [os.path.abspath(folder) for folder in folders if folder is not None]
+    if len(set(given)) == len(given):
+        return jobs
+    swept = [index for index, override in enumerate(parsed) if override.is_sweep_override()]
+    names = ["_".join(_folder_name(lines[index]) for index in swept) for lines in combinations]
+    own = [os.path.join(folder, name) if folder else None for folder, name in zip(folders, names, strict=True)]
+    if twice := [folder for number, folder in enumerate(own) if folder and folder in own[:number]]:
+        raise UserError(
+            f"-m: two jobs of the sweep are the same, and both would write to {twice[0]}; give a value once"
+        )
+    return [[*job, f"output_dir={quoted(folder)}"] if folder else job for job, folder in zip(jobs, own, strict=True)]
 
 
 def without_launch(argv: list[str]) -> list[str]:
     """Return the command line without what says where to run, as the ranks of a submitted job get it."""
     overrides = get_args_parser().parse_known_args(argv)[0].overrides
     return [arg for arg in argv if arg not in overrides or not _LAUNCH.match(arg)]
+
+
+def quoted(text: str) -> str:
+    """Return ``text`` as a string of Hydra's override grammar; backslashes count before a quote alone."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (found[2] and "\\'"), text) + "'"
 
 
 def config_groups(extra_dir: str | None = None) -> dict[str, list[str]]:
@@ -148,6 +176,18 @@ class _Source:
 
     def _is_primary_in_dir(self) -> bool:
         return self.config_dir is not None and (Path(self.config_dir) / f"{self.name}.yaml").is_file()
+
+
+def _output_dir(job: list[str]) -> str | None:
+    trees = compose_command_line(job).trees
+    return trees[0].get("output_dir") if trees else None
+
+
+def _folder_name(line: str) -> str:
+    """Return an override as the name of a folder, in characters that an override and a shell take unquoted."""
+    exact = line.lstrip("+~").replace("=", "-", 1)
+    plain = re.sub(r"[^A-Za-z0-9._@+-]+", "-", exact)[:80]
+    return plain if plain == exact else f"{plain.strip('-')}-{hashlib.sha256(line.encode()).hexdigest()[:6]}"
 
 
 def _is_foreign_option(arg: str, argv: list[str], problems: list[str]) -> bool:

@@ -29,6 +29,9 @@ FORWARDED = "SIGTERM,SIGHUP,SIGQUIT,SIGUSR1"
 SIGINT is handed on as well, but by our own handler, which knows the second one.
 """
 
+_SAVING_SECONDS = "600"
+"""How long the ranks may take to save after a signal; the agent's own 30 are too few for a large model."""
+
 
 @dataclass(frozen=True)
 class LocalLaunch:
@@ -67,6 +70,7 @@ class LocalLaunch:
             STATUS_DIR: folder,
             LAUNCHER_PID: str(os.getpid()),
             "AUTOMODEL_RUN_ID": run_id,
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SAVING_SECONDS),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self._threads())),
         }
 

@@ -67,6 +67,10 @@ class RunDir:
         """Return whether a finished or unfinished run lies here."""
         return self.run_json_path.exists() or self.metrics_path.exists() or self.checkpoints_dir.exists()
 
+    def recorded_run_id(self) -> str | None:
+        """Return the id of the run that lies here: one that is started again by hand goes on under it."""
+        return self._record().get("run_id")
+
     def abandon(self) -> None:
         """Release the lock and, where no run lies here, remove what ``open`` made, empty parents included."""
         if not self.holds_run():
@@ -86,17 +90,17 @@ class RunDir:
 
     def write_config(self, text: str) -> None:
         """Write the resolved configuration."""
-        _write_whole(self.config_path, text)
+        write_whole(self.config_path, text)
 
     def start_record(self, *, resumed_from_step: int | None, **facts: Any) -> None:
         """Write ``run.json`` for this start; ``resumed_from_step`` joins those of earlier starts."""
         starts = self._record().get("resumed_from_step", [])
         record = facts | {"resumed_from_step": [*starts, resumed_from_step], "ended": None}
-        _write_whole(self.run_json_path, json.dumps(record, indent=2) + "\n")
+        write_whole(self.run_json_path, json.dumps(record, indent=2) + "\n")
 
     def update_record(self, **facts: Any) -> None:
         """Change entries of ``run.json``."""
-        _write_whole(self.run_json_path, json.dumps(self._record() | facts, indent=2) + "\n")
+        write_whole(self.run_json_path, json.dumps(self._record() | facts, indent=2) + "\n")
 
     def metrics_size(self) -> int:
         """Return the length in bytes of the metrics file; 0 where there is none."""
@@ -150,7 +154,7 @@ def _make_folders(path: Path) -> list[Path]:
     return missing
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old text or the new, never a part."""
     new = path.with_name(f".{path.name}.new")
     try:

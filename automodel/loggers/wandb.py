@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from automodel.loggers.rundir import RunDir
+from automodel.loggers.rundir import RunDir, write_whole
 from automodel.logs import get_logger
 
 log = get_logger(__name__)
@@ -22,7 +24,10 @@ class WandbLogger:
     mode: Literal["online", "offline", "disabled"] | None = None
 
     def open(self, run_dir: RunDir, *, run_id: str, config: dict[str, Any]) -> WandbSink:
-        """Begin, or go on with, the wandb run of this run id; offline where nobody is logged in."""
+        """Begin, or go on with, the wandb run of this run id; offline where nobody is logged in.
+
+        An offline run leaves a folder for each start, which ``wandb sync`` puts together by their id.
+        """
         import wandb
 
         run = wandb.init(
@@ -37,26 +42,55 @@ class WandbLogger:
             settings=wandb.Settings(silent=True, console="off"),
         )
         run.define_metric("*", step_metric="step")
-        return WandbSink(run)
+        if not run.offline:
+            return WandbSink(run, sent=_sent_before(run))
+        note = run_dir.path / "wandb" / f"sent-{run_id}.json"
+        return WandbSink(run, sent=json.loads(note.read_text()) if note.exists() else {}, note=note)
 
 
 class WandbSink:
-    """A running wandb run."""
+    """A running wandb run.
 
-    def __init__(self, run: Any) -> None:
-        self._run = run
+    Args:
+        sent: the last step that earlier starts sent, by prefix. A run that was killed repeats the steps after its
+            checkpoint, and W&B cannot take a row back: they are left out.
+        note: where ``sent`` is kept, if W&B itself cannot be asked for it.
+    """
+
+    def __init__(self, run: Any, *, sent: dict[str, int], note: Path | None = None) -> None:
+        self._run, self._sent, self._note = run, sent, note
+        self._told = False
 
     def log(self, record: dict[str, Any]) -> None:
         """Send a record; each validation set has a prefix of its own, and ``step`` is the axis of all."""
         kind = record["kind"]
         prefix = kind if kind == "train" else f"{kind}/{record['name']}"
+        step = record["step"]
+        if step <= self._sent.get(prefix, -1):
+            self._tell(step)
+            return
         left_out = ("kind", "name", "step", "timestamp")
         values = {f"{prefix}/{key}": value for key, value in record.items() if key not in left_out}
-        self._run.log(values | {"step": record["step"]})
+        self._run.log(values | {"step": step, f"{prefix}/step": step})
+        self._sent[prefix] = step
+        if self._note is not None:
+            write_whole(self._note, json.dumps(self._sent))
 
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
+
+    def _tell(self, step: int) -> None:
+        if not self._told:
+            log.info("wandb: has step %d already; it stays as it is, up to step %d", step, max(self._sent.values()))
+            self._told = True
+
+
+def _sent_before(run: Any) -> dict[str, int]:
+    """Return what W&B itself knows of the earlier starts of ``run``; what was lost on its way is sent again."""
+    if not run.resumed:
+        return {}
+    return {key.removesuffix("/step"): int(step) for key, step in run.summary.items() if key.endswith("/step")}
 
 
 def _default_mode() -> str | None:

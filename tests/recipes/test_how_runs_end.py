@@ -44,7 +44,9 @@ def test_a_resumed_run_equals_the_one_never_stopped(whole, tmp_path):
     assert [r["loss"] for r in records(again, "validation")] == [r["loss"] for r in records(whole, "validation")]
     weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (whole, again)]
     assert weights[0] == weights[1]
-    assert json.loads((again / "run.json").read_text())["resumed_from_step"] == [None, 3]
+    before, after = (json.loads((folder / "run.json").read_text()) for folder in (whole, again))
+    assert after["resumed_from_step"] == [None, 3]
+    assert after["run_id"] == before["run_id"]  # by which W&B knows it as the same run
     assert (again / "checkpoints" / "latest").resolve().name == "step_00000008"
     assert sorted(p.name for p in (again / "checkpoints").glob("step_*")) == ["step_00000006", "step_00000008"]
 
@@ -185,6 +187,16 @@ def test_workers_die_with_their_launcher(tmp_path):
     size = (folder / "metrics.jsonl").stat().st_size
     assert [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(folder).encode() in _read(p)] == []
     assert (folder / "metrics.jsonl").stat().st_size == size
+
+
+def test_a_run_whose_rank_was_killed_comes_back_by_itself_and_goes_on(whole, tmp_path):
+    folder = tmp_path / "run"
+    run(*FAST, f"{LOSSES}Killed", "launch.nproc_per_node=2", "launch.max_restarts=1", "step_scheduler.max_steps=8",
+        "step_scheduler.local_batch_size=16", "step_scheduler.ckpt_every_steps=3", f"output_dir={folder}")  # fmt: skip
+    first, second = json.loads((folder / "run.json").read_text())["resumed_from_step"]
+    assert first is None and second in (3, 6)  # that of step 6 may not be whole yet at the eighth
+    for one, other in zip(records(whole), records(folder), strict=True):
+        assert numbers(other) == pytest.approx(numbers(one), rel=1e-5)
 
 
 def _status(process: Path) -> str:

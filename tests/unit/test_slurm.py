@@ -147,6 +147,15 @@ def test_a_signal_is_handed_on_and_the_ranks_are_waited_for(fakes, tmp_path):
     assert calls_of(fakes, "scontrol") == [["requeue", "7"]]
 
 
+@pytest.mark.parametrize("is_signalled", [True, False])
+def test_ranks_that_were_not_up_yet_when_the_signal_came_are_started_again(fakes, tmp_path, is_signalled):
+    step = 'echo $BASHPID > "$CALLS/step.pid"; ' + ("kill -USR1 $PPID; sleep 30" if is_signalled else "exit 138")
+    done = run_script(script_of(workdir=tmp_path), tmp_path, FAKE_STEP=step)
+    assert done.returncode == 138
+    assert calls_of(fakes, "scontrol") == ([["requeue", "7"]] if is_signalled else [])
+    assert ("before the ranks were up" in done.stdout) == is_signalled
+
+
 def test_a_job_that_is_being_ended_is_not_requeued(fakes, tmp_path):
     step = "kill -TERM $PPID; sleep 0.2; exit 75"
     done = run_script(script_of(workdir=tmp_path), tmp_path, FAKE_STEP=step)
@@ -222,6 +231,8 @@ def test_a_template_of_ones_own_may_extend_ours(tmp_path):
         ("launch.nodes=3", "not divisible by local_batch_size 32 x data-parallel size 3"),
         ("launch.nodes=2 launch.nproc_per_node=2", "not divisible by local_batch_size 32 x data-parallel size 4"),
         ("launch.gpus_per_node=1 launch.nproc_per_node=2", "every rank needs its own GPU"),
+        ("launch.time=2:59", "is too short for launch.signal_seconds=120: SLURM may signal 60 s earlier still"),
+        ("launch.time=0:20 launch.signal_seconds=1", "is too short"),
         ("launch.time=30", "must be hours:minutes:seconds or days-hours"),
         ('launch.account="a\\nb"', "no line breaks, quotes"),
         ('launch.directives=["--comment=x\\ntouch"]', "must be one option of sbatch"),
@@ -242,6 +253,12 @@ def test_what_is_wrong_is_told_before_anything_is_submitted(overrides, told):
     with pytest.raises(UserError) as caught:
         load_config(["launch=slurm", *(part.replace("\\n", "\n") for part in overrides.split(" "))], env={})
     assert told in "\n".join(caught.value.problems)
+
+
+@pytest.mark.parametrize("time", ["3:00", "0:03:00", "0-0:3", "1-0", "UNLIMITED"])
+def test_a_time_limit_that_leaves_room_for_the_signal_is_taken(time):
+    assert launch_of(f"launch.time='{time}'").time == time
+    assert launch_of("launch.time='0:10'", "launch.signal_seconds=null").signal_seconds is None
 
 
 def test_a_variable_that_only_sounds_like_a_secret_is_let_through():
@@ -299,6 +316,19 @@ def test_a_sweep_submits_a_job_for_each_value(fakes, tmp_path):
     assert len(folders) == 2
     for folder in folders:
         assert sum(f"output_dir=outputs/llm_sft/{folder.name} " in script for script in scripts) == 1
+
+
+def test_jobs_of_a_sweep_with_one_output_dir_get_a_folder_each_below_it(fakes, tmp_path):
+    argv = ["-m", "launch=slurm", "optimizer.lr=1e-3,2e-3", "rng.seed=1,2", "output_dir=it s"]
+    done = run(*argv, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = {f"optimizer.lr-{lr}_rng.seed-{seed}" for lr in ("0.001", "0.002") for seed in (1, 2)}
+    assert {file.parents[1].name for file in tmp_path.glob("it s/*/slurm/job.sh")} == names
+    for name in names:
+        assert f"output_dir='\"'\"'it s/{name}'\"'\"'" in (tmp_path / "it s" / name / "slurm" / "job.sh").read_text()
+    done = run("-m", "launch=slurm", "rng.seed=1,1", "output_dir=x", cwd=tmp_path)
+    assert done.returncode == 2 and "two jobs of the sweep are the same" in done.stderr
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_manifest_holds_all_nodes_and_expands_nothing(tmp_path):
