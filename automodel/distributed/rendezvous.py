@@ -25,7 +25,9 @@ from automodel.types import RunError, UserError
 
 RESOLVE_SEC = 5.0
 """How long the name of rank 0's node may be unknown; a cluster's name server can lag behind the nodes."""
-REFUSED_SEC = 2.0
+REFUSED_SEC = 15.0
+"""How long an address that means this node itself may refuse, where rank 0 is on another: two nodes can be one machine,
+as in a trial cluster, and rank 0 late."""
 HOST_SEC = 10.0
 """How long rank 0 may need to reach its own store, and any rank at least to be heard by one that listens."""
 FAREWELL_SEC = 2.0

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from automodel.distributed import destroy_global_state, dist_info, initialize_distributed
+from automodel.distributed import destroy_global_state, dist_info, initialize_distributed, rendezvous
 from automodel.distributed.dist_info import before_destroy
 from automodel.distributed.rendezvous import _ranks
 from tests.dist.pool import RankPool, free_port, run_fresh
@@ -37,6 +37,11 @@ def start(minutes: float = SHORT, backend: str = "gloo") -> tuple[str, str, floa
         return type(error).__name__, str(error), time.monotonic() - begun
     destroy_global_state()
     return "", str(total.item()), time.monotonic() - begun
+
+
+def start_impatiently() -> tuple[str, str, float]:
+    rendezvous.REFUSED_SEC = 1.0
+    return start()
 
 
 def without(absent: tuple[int, ...]) -> tuple[str, str, float] | None:
@@ -85,7 +90,7 @@ def test_an_address_that_is_not_rank_0s_node_is_told():
 def test_a_name_that_resolves_to_the_machine_itself_is_told_on_another_node():
     alias = "ip6-localhost" if "ip6-localhost" in Path("/etc/hosts").read_text() else "localhost.localdomain"
     env = {"MASTER_ADDR": alias, "WORLD_SIZE": "2", "RANK": "1", "SLURM_STEP_ID": "0", "SLURM_NODEID": "1"}
-    kind, message, _ = run_fresh(start, 1, env)[0]
+    kind, message, _ = run_fresh(start_impatiently, 1, env)[0]
     assert kind == "UserError" and f"MASTER_ADDR={alias}" in message and "on another node than rank 0" in message
 
 
