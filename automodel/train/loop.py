@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +20,14 @@ from automodel.logs import get_logger, progress, warn_for_all
 from automodel.train.meter import Meter
 from automodel.train.rng import rng_state
 from automodel.train.signals import StopRequest
-from automodel.train.step import Batch, LossFn, StepConfig, StepResult, train_step
+from automodel.train.step import (
+    Batch,
+    LossFn,
+    StepConfig,
+    StepResult,
+    settle_gradient_buckets,
+    train_step,
+)
 from automodel.train.step_scheduler import StepScheduler
 from automodel.types import RunError
 
@@ -111,7 +118,7 @@ class TrainLoop:
         self.model.train()
         first_step = self.steps.step + 1
         with StopRequest() as stop, progress(self.steps.total_steps, description="training") as bar:
-            batches = iter(self.loader)
+            batches = self._batches()
             while not self.steps.is_last_step:
                 mark("training", step=self.steps.step + 1)
                 with self.meter.training():
@@ -126,6 +133,18 @@ class TrainLoop:
                 bar.update(self.steps.step, f"loss {self._last_loss:.4f}")
                 self._evaluate_and_save(result)
             self._read_flag()
+
+    def _batches(self) -> Iterator[list[Batch]]:
+        for number, micro_batches in enumerate(self.loader):
+            if number == 0:
+                settle_gradient_buckets(
+                    self.model,
+                    micro_batches[0],
+                    loss_fn=self.loss_fn,
+                    optimizer=self.optimizer,
+                    config=self.step_config,
+                )
+            yield micro_batches
 
     def evaluate(self) -> None:
         """Run every evaluator and log its record; every rank must call it."""

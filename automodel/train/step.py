@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from automodel.distributed.gradients import (
     clip_coefficient,
@@ -20,6 +21,8 @@ from automodel.distributed.gradients import (
 )
 from automodel.distributed.reduce import read, sum_losses, wait_for
 from automodel.distributed.sync import get_sync_ctx
+from automodel.distributed.wrappers import find_wrapper
+from automodel.train.rng import rng_state, set_rng_state
 from automodel.types import IGNORE_INDEX
 
 Batch = dict[str, torch.Tensor]
@@ -125,6 +128,28 @@ def train_step(
         _step_unless(optimizer, is_bad)
     zero_gradients(model, optimizer)
     return StepResult(loss_sum, grad_norm, DeferredFlag(is_bad), num_label_tokens, num_tokens, num_stop_requests)
+
+
+def settle_gradient_buckets(
+    model: nn.Module, batch: Batch, *, loss_fn: LossFn, optimizer: torch.optim.Optimizer, config: StepConfig
+) -> None:
+    """Have DDP order its buckets before the first step; every rank must call it, with any micro-batch of its own.
+
+    DDP orders them anew after the first backward. Of three or more ranks, the place of a gradient in its bucket
+    decides the order in which it is summed, so that the first step of a resumed run would differ in the last bits from
+    that of the run that was never stopped. No weight, no gradient and no random state changes.
+    """
+    if not isinstance(find_wrapper(model), DistributedDataParallel) or dist.get_world_size(config.dp_group) < 3:
+        return
+    state, was_training = rng_state(), model.training
+    model.eval()
+    batch = {name: tensor.to(config.device) for name, tensor in batch.items()}
+    with config.autocast():
+        loss_sum = loss_fn(model, batch)
+    loss_sum.backward()
+    zero_gradients(model, optimizer)
+    model.train(was_training)
+    set_rng_state(state)
 
 
 def _count_tokens(micro_batches: Sequence[Batch]) -> tuple[int, int]:
