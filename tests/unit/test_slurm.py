@@ -47,7 +47,7 @@ def fakes(tmp_path, monkeypatch) -> Path:
     programs.mkdir()
     calls.mkdir()
     bodies = {
-        "srun": 'if [ -n "$FAKE_STEP" ]; then eval "$FAKE_STEP"; fi\nexit "${FAKE_STATUS:-0}"',
+        "srun": 'if [ "$1" = getent ]; then [ "$3" != "$FAKE_UNKNOWN" ]; exit; fi\nif [ -n "$FAKE_STEP" ]; then eval "$FAKE_STEP"; fi\nexit "${FAKE_STATUS:-0}"',
         "scancel": 'kill -USR1 "$(cat "$CALLS/step.pid")"',
         "scontrol": 'if [ "$1" = show ]; then echo n1; fi',
         "sbatch": 'if [ -n "$FAKE_REFUSAL" ]; then echo "$FAKE_REFUSAL" >&2; exit 1; fi\ncp "$2" "$CALLS/$RANDOM.sh"\n'
@@ -104,7 +104,7 @@ def test_every_argument_arrives_as_it_was_given(fakes, tmp_path, template):
     script = launch.script(Submission("llm_sft", "it's", Path("run $x"), AWKWARD), workdir=folder)
     done = run_script(script, tmp_path, FAKE_STEP='env -0 > "$CALLS/env"; pwd > "$CALLS/pwd"')
     assert done.returncode == 0, done.stderr
-    (call,) = calls_of(fakes, "srun")
+    *_, call = calls_of(fakes, "srun")
     assert call[call.index("/some where/python") + 1 :][-len(AWKWARD) - 2 :] == ["-m", "automodel.run", *AWKWARD]
     seen = dict(line.split("=", 1) for line in (fakes / "env").read_text().split("\0")[:-1])
     assert {name: seen[name] for name in variables} == variables
@@ -133,6 +133,13 @@ def test_the_statuses_of_ranks_survive_torchrun(fakes, tmp_path, wrote, agent, s
     assert (["requeue", "7"] in calls_of(fakes, "scontrol")) == (status == 75)
     assert ("failure" in done.stderr) == (wrote == "failure")
     assert not list((tmp_path / "outputs" / "a run" / "slurm").iterdir())
+
+
+def test_a_first_node_that_the_others_do_not_know_is_told_before_torchrun_starts(fakes, tmp_path):
+    script = script_of("launch.template=torchrun", workdir=tmp_path)
+    done = run_script(script, tmp_path, FAKE_UNKNOWN="n1", FAKE_STEP="exit 1", SLURM_JOB_NODELIST="n1")
+    assert done.returncode == 2 and "error: n1, the name of the first node, is not known" in done.stderr
+    assert calls_of(fakes, "srun") == [["getent", "hosts", "n1"]]
 
 
 def test_a_signal_is_handed_on_and_the_ranks_are_waited_for(fakes, tmp_path):
