@@ -47,7 +47,8 @@ def fakes(tmp_path, monkeypatch) -> Path:
     programs.mkdir()
     calls.mkdir()
     bodies = {
-        "srun": 'if [ "$1" = getent ]; then [ "$3" != "$FAKE_UNKNOWN" ]; exit; fi\nif [ -n "$FAKE_STEP" ]; then eval "$FAKE_STEP"; fi\nexit "${FAKE_STATUS:-0}"',
+        "srun": 'if [ "$1" = getent ]; then [ "$3" != "$FAKE_UNKNOWN" ]; exit; fi\n'
+        'if [ -n "$FAKE_STEP" ]; then eval "$FAKE_STEP"; fi\nexit "${FAKE_STATUS:-0}"',
         "scancel": 'kill -USR1 "$(cat "$CALLS/step.pid")"',
         "scontrol": 'if [ "$1" = show ]; then echo n1; fi',
         "sbatch": 'if [ -n "$FAKE_REFUSAL" ]; then echo "$FAKE_REFUSAL" >&2; exit 1; fi\ncp "$2" "$CALLS/$RANDOM.sh"\n'
