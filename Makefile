@@ -25,8 +25,9 @@ verify-resume: $(VENV)/run ## kill a run at random moments and compare it with a
 export: $(VENV)/run ## write a Hugging Face directory from a checkpoint; ARGS="CHECKPOINT OUT key=value ..."
 	$(PY) -m automodel.export $(ARGS)
 
-test: $(VENV)/test ## run the tests that need no GPU; ARGS="-k name" chooses some
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests --ignore=tests/gpu $(ARGS)
+# Two files at a time, in their order: what tests fork from has not run a backward then, and the short ones come last.
+test: $(VENV)/test ## run the tests that need no GPU; ARGS="-k name" chooses some, ARGS="-n 0 -s" shows their output
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests --ignore=tests/gpu -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-gpu: ## run the tests that need a CUDA device, with the interpreter PYTHON and what it has installed
 	$(PYTHON) -m pytest tests/gpu $(ARGS)

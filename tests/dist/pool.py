@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import socket
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -71,10 +73,12 @@ def _serve(rank: int, world_size: int, store: str, pipe: Any) -> None:
 
 
 def free_port() -> int:
-    """Return a port that nothing listened at a moment ago."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """Return a port that nothing listened at a moment ago, and that no connection is given on its own account."""
+    while True:
+        port = random.randrange(16_000, 32_000)  # systems choose from above
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def run_fresh(function: Callable[[], object], world_size: int, env: Mapping[str, str] | None = None) -> list[Any]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.recipes.command import records, run
+from tests.recipes.command import command_line as run  # each in a CUDA context of its own
+from tests.recipes.command import records
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,24 +1,67 @@
-"""Start the command line as a user does, and read what a run leaves."""
+"""Start the command line as a user does, and read what a run leaves.
+
+``run`` is for what a run computes: its ranks are forked from a process that has imported the libraries, which takes a
+second or two. ``command_line`` and ``start`` are for how a run starts and ends: a fresh interpreter and the launcher,
+which takes four seconds, and eight with two ranks. Every verb, recipe and strategy has a test with a fresh one.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
+import time
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+
+from tests.dist.pool import free_port
 
 ROOT = Path(__file__).parents[2]
 FAST = ["evaluation=loss", "validation_dataset.limit=30", "dataset.limit=200", "step_scheduler.log_every_steps=1",
         "step_scheduler.local_batch_size=8"]  # fmt: skip
 """The embedded default without its generated answers and most of its rows."""
+LIBRARIES = [
+    "torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor",
+    "transformers", "transformers.models.auto", "transformers.models.llama.modeling_llama", "datasets", "peft",
+    "accelerate", "hydra", "pydantic", "rich.progress", "jinja2",
+]  # fmt: skip
+"""What a run imports of others; our own modules each run imports anew, in its own order."""
+TIMEOUT_SEC = 240
 
 
-def start(*argv: str, cwd: Path = ROOT, **env: str) -> subprocess.Popen:
-    """Start a run with its output kept."""
+def run(*argv: str, status: int = 0, cwd: Path = ROOT, **env: str) -> str:
+    """Run to the end, expect ``status``, and return everything that was printed.
+
+    The ranks that ``launch.nproc_per_node`` asks for are started as torchrun would; a scheduler's job is left to the
+    real command line.
+    """
+    if any(arg.startswith("launch=") for arg in argv):
+        return command_line(*argv, status=status, cwd=cwd, **env)
+    num_ranks = int([1, *(arg.partition("=")[2] for arg in argv if arg.startswith("launch.nproc_per_node="))][-1])
+    with tempfile.TemporaryDirectory(prefix="run-") as folder:
+        output = Path(folder) / "output"
+        statuses = _run_forked(argv, num_ranks, output, cwd, {**os.environ, **env})
+        return _expect(status, _status_of_job(statuses), output.read_text())
+
+
+def command_line(*argv: str, verb: str = "run", status: int = 0, cwd: Path = ROOT, **env: str) -> str:
+    """Do what ``run`` does in a fresh interpreter, where ranks are started by the launcher; any verb can be given."""
+    process = start(*argv, verb=verb, cwd=cwd, **env)
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_SEC)
+    finally:
+        process.kill()
+    return _expect(status, process.returncode, output)
+
+
+def start(*argv: str, verb: str = "run", cwd: Path = ROOT, **env: str) -> subprocess.Popen:
+    """Start a fresh command line with its output kept."""
     return subprocess.Popen(
-        [sys.executable, "-m", "automodel.run", *argv],
+        [sys.executable, "-m", f"automodel.{verb}", *argv],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env},
         stdout=subprocess.PIPE,
@@ -27,11 +70,69 @@ def start(*argv: str, cwd: Path = ROOT, **env: str) -> subprocess.Popen:
     )
 
 
-def run(*argv: str, status: int = 0, cwd: Path = ROOT, **env: str) -> str:
-    """Run to the end, expect ``status``, and return everything that was printed."""
-    process = start(*argv, cwd=cwd, **env)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == status, f"ended with {process.returncode} instead of {status}:\n{output}"
+def _run_forked(argv: tuple[str, ...], num_ranks: int, output: Path, cwd: Path, env: dict[str, str]) -> list[int]:
+    _ensure_fork_server()
+    if num_ranks > 1:
+        env |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks), "GROUP_RANK": "0",
+                "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}  # fmt: skip
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {} for rank in range(num_ranks)]
+    context = multiprocessing.get_context("forkserver")
+    processes = [context.Process(target=_be_command_line, args=(argv, output, cwd, env | place)) for place in places]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + TIMEOUT_SEC
+    try:
+        for process in processes:
+            process.join(max(0, end - time.monotonic()))
+            assert process.exitcode is not None, f"did not end within {TIMEOUT_SEC} s:\n{output.read_text()}"
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.exitcode for process in processes]
+
+
+def _ensure_fork_server() -> None:
+    forkserver.set_forkserver_preload(LIBRARIES)
+    # What the libraries read while they are imported: the ranks' own level, and neither threads nor a CUDA context,
+    # which do not survive a fork.
+    settings = {"TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _be_command_line(argv: tuple[str, ...], output: Path, cwd: Path, env: dict[str, str]) -> None:
+    """Become ``python -m automodel.run *argv``, in a process that was forked to this end."""
+    file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = ["automodel.run", *argv]
+    multiprocessing.set_start_method(None, force=True)  # a loader's workers are started as ever
+    import torch
+
+    torch.set_num_threads(1)
+    from automodel.run import main
+
+    main()
+
+
+def _status_of_job(statuses: list[int]) -> int:
+    """Return what the launcher would: a failure, else bad input, else stopped, else done."""
+    return next((status for status in (2, 75, 0) if status in statuses and set(statuses) <= {0, 2, 75}), 1)
+
+
+def _expect(status: int, got: int, output: str) -> str:
+    assert got == status, f"ended with {got} instead of {status}:\n{output}"
     return output
 
 

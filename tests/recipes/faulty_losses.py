@@ -13,15 +13,6 @@ from torch import nn
 from automodel.losses.cross_entropy import CrossEntropy
 
 
-class RaisesOnLastRank(CrossEntropy):
-    """Fails on one rank alone, while the others wait in a collective."""
-
-    def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        if dist.get_rank() == dist.get_world_size() - 1:
-            raise RuntimeError("this rank went wrong on purpose")
-        return super().__call__(model, batch)
-
-
 class NanAtThirdCall(CrossEntropy):
     """Gives a loss that is not a number at the third micro-batch."""
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from automodel.data.prepare import load_sft
 from automodel.data.sources import JsonlDataset
-from tests.recipes.command import records, run
+from tests.recipes.command import command_line, records, run
 
 ONE = "one process"
 LAYOUTS = {
@@ -32,7 +32,8 @@ def runs(shared_data: Path, stories: Path, tmp_path_factory) -> dict[str, Path]:
     out = {}
     for number, (name, layout) in enumerate(LAYOUTS.items()):
         out[name] = folder / str(number)
-        run(
+        train = run if layout else command_line
+        train(
             "model=hf", f"model.pretrained_model_name_or_path={stories}", "peft=lora", "peft.rank=4", "dataset=jsonl",
             f"dataset.path={shared_data}/sft/gsm8k_train.jsonl", "dataset.max_length=96", "optimizer.lr=1e-2",
             "validation_dataset=jsonl", f"validation_dataset.path={shared_data}/sft/gsm8k_test.jsonl",

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from automodel.export import main
 from automodel.models.char_tokenizer import build_char_tokenizer
-from tests.recipes.command import ROOT, run
+from tests.recipes.command import ROOT, command_line, run
 
 SCRATCH = ["model=scratch", "model.config.hidden_size=32", "model.config.intermediate_size=64",
            "model.config.num_hidden_layers=2", "model.config.num_attention_heads=4"]  # fmt: skip
@@ -147,7 +147,7 @@ def test_a_checkpoint_of_any_layout_exports_to_the_model_of_its_run(runs, differ
 
 def test_the_dtype_is_the_one_asked_for(runs, difference, tmp_path):
     folder, out = runs("tied"), tmp_path / "out"
-    assert export(folder / "checkpoints" / "latest", out, "export.dtype=bfloat16") == 0
+    command_line(str(folder / "checkpoints" / "latest"), str(out), "export.dtype=bfloat16", verb="export")
     written, expected = tensors(out), tensors(folder / "model")
     assert all(torch.equal(written[key], expected[key].to(torch.bfloat16)) for key in expected)
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"

@@ -8,7 +8,7 @@ from datetime import datetime
 
 import pytest
 
-from tests.recipes.command import records, run
+from tests.recipes.command import command_line, records
 
 LIMIT_SEC = 15  # what a job may take to end on one node; of a stall, after its time-out
 TIMEOUT_MINUTES = 0.2
@@ -16,7 +16,10 @@ TIMEOUT_MINUTES = 0.2
 CASES = {
     # what the last rank does: (what the screen must say, what run.json must say)
     "Exits": (["rank 1 failed in training, step 4: its process ended without a word"], "rank 1: its process ended"),
-    "Killed": (["launcher: rank 1 was killed by SIGKILL", "rank 1 failed in training, step 4"], "rank 1: its process"),
+    "Killed": (
+        ["launcher: rank 1 was killed by SIGKILL; the run is ended", "rank 1 failed in training, step 4"],
+        "rank 1: its process ended",
+    ),
     "Sleeps": (
         ["rank 1 keeps the others waiting", "stalled: rank 0 waited", "did not arrive: rank 1", "time.sleep(600)",
          "late in training, step 4", "waiting in training, step 4", "last collective: gloo:",
@@ -33,7 +36,7 @@ CASES = {
 @pytest.mark.parametrize("fault", CASES)
 def test_the_job_ends_and_names_the_rank(tmp_path, fault):
     folder = tmp_path / "run"
-    output = run(
+    output = command_line(
         "evaluation=loss", "validation_dataset=none", "dataset.limit=200", "step_scheduler.local_batch_size=8",
         "step_scheduler.log_every_steps=1", "launch.nproc_per_node=2", f"dist_env.timeout_minutes={TIMEOUT_MINUTES}",
         f"loss_fn._target_=tests.recipes.faulty_losses.{fault}", f"output_dir={folder}", status=1,
@@ -43,13 +46,14 @@ def test_the_job_ends_and_names_the_rank(tmp_path, fault):
     words, ended = CASES[fault]
     for word in words:
         assert word in output
+    assert "Traceback" not in output
     assert json.loads((folder / "run.json").read_text())["ended"]["error"].startswith(ended)
     records_left = {"Sleeps": ["rank_0", "rank_1"], "Stopped": ["rank_0"]}.get(fault, [])
     assert sorted(path.name for path in folder.glob("flight_recorder/*")) == records_left
 
 
 def test_the_first_failing_ranks_traceback_is_the_last_on_the_screen(tmp_path):
-    output = run(
+    output = command_line(
         "evaluation=loss", "validation_dataset=none", "dataset.limit=200", "step_scheduler.local_batch_size=8",
         "launch.nproc_per_node=2", "distributed=fsdp2", "loss_fn._target_=tests.recipes.faulty_losses.Raises",
         f"output_dir={tmp_path}/run", status=1,
@@ -58,5 +62,6 @@ def test_the_first_failing_ranks_traceback_is_the_last_on_the_screen(tmp_path):
     assert last == "ValueError: this rank went wrong on purpose"
     assert "raise ValueError" in before
     assert output.count("Traceback") == 1
+    assert "launcher: the run is ended; in the words of rank 1:" in output
     ended = json.loads((tmp_path / "run" / "run.json").read_text())["ended"]
     assert ended["error"] == "rank 1: ValueError: this rank went wrong on purpose"

@@ -7,18 +7,19 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.recipes.command import FAST, numbers, records, run, start
+from tests.recipes.command import FAST, ROOT, command_line, numbers, records, run, start
 
 LOSSES = "loss_fn._target_=tests.recipes.faulty_losses."
 
 
 def wait_for_steps(run_dir: Path, num_steps: int) -> None:
-    for _ in range(600):
+    for _ in range(1800):
         if (run_dir / "metrics.jsonl").exists() and len(records(run_dir)) >= num_steps:
             return
         time.sleep(0.1)
@@ -29,7 +30,7 @@ def wait_for_steps(run_dir: Path, num_steps: int) -> None:
 def whole(tmp_path_factory) -> Path:
     """An uninterrupted run of 8 steps that kept its checkpoints of steps 3, 6 and 8."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    run(*FAST, "step_scheduler.max_steps=8", "step_scheduler.ckpt_every_steps=3", "checkpoint.keep_last=null",
+    command_line(*FAST, "step_scheduler.max_steps=8", "step_scheduler.ckpt_every_steps=3", "checkpoint.keep_last=null",
         f"output_dir={folder}")  # fmt: skip
     return folder
 
@@ -49,6 +50,21 @@ def test_a_resumed_run_equals_the_one_never_stopped(whole, tmp_path):
     assert after["run_id"] == before["run_id"]  # by which W&B knows it as the same run
     assert (again / "checkpoints" / "latest").resolve().name == "step_00000008"
     assert sorted(p.name for p in (again / "checkpoints").glob("step_*")) == ["step_00000006", "step_00000008"]
+
+
+def test_three_ranks_of_ddp_go_on_to_the_last_bit_too(tmp_path):
+    # Of more than two ranks the order of a sum counts, and DDP orders its buckets by its first backward.
+    argv = [*FAST, "step_scheduler.global_batch_size=24", "launch.nproc_per_node=3", "evaluation=loss",
+            "validation_dataset=none", "step_scheduler.max_steps=4", "step_scheduler.ckpt_every_steps=2"]  # fmt: skip
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    run(*argv, f"output_dir={whole}")
+    shutil.copytree(whole, again, symlinks=True)
+    shutil.rmtree(again / "checkpoints" / "step_00000004")
+    run(*argv, f"output_dir={again}")
+    assert json.loads((again / "run.json").read_text())["resumed_from_step"] == [None, 2]
+    assert [numbers(record) for record in records(again)] == [numbers(record) for record in records(whole)]
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (whole, again)]
+    assert weights[0] == weights[1]
 
 
 def test_a_run_goes_on_in_another_layout(whole, tmp_path):
@@ -106,18 +122,18 @@ def test_resume_never_refuses_a_folder_that_holds_a_run(whole):
 @pytest.mark.parametrize("layout", [[], ["launch.nproc_per_node=2", "distributed=fsdp2"]], ids=["one", "fsdp2 on 2"])
 def test_a_signal_saves_and_ends_with_75_and_the_run_goes_on(tmp_path, layout):
     folder = tmp_path / "run"
-    argv = [*FAST, f"{LOSSES}Slow", "step_scheduler.max_steps=25", f"output_dir={folder}", *layout]
-    process = start(*argv)
+    argv = [*FAST, f"{LOSSES}Slow", f"output_dir={folder}", *layout]
+    process = start(*argv, "step_scheduler.max_steps=500")
     wait_for_steps(folder, 2)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     stopped_at = len(records(folder))
-    assert 2 <= stopped_at < 25
+    assert 2 <= stopped_at < 500
     assert (folder / "checkpoints" / "latest").resolve().name == f"step_{stopped_at:08d}"
     assert json.loads((folder / "run.json").read_text())["ended"]["status"] == "stopped"
-    run(*argv)
-    assert [record["step"] for record in records(folder)] == list(range(1, 26))
+    command_line(*argv, f"step_scheduler.max_steps={stopped_at + 2}")
+    assert [record["step"] for record in records(folder)] == list(range(1, stopped_at + 3))
 
 
 def test_a_second_writer_is_refused(tmp_path):
@@ -130,31 +146,6 @@ def test_a_second_writer_is_refused(tmp_path):
     first.kill()
     first.wait()
     run(*FAST, "step_scheduler.max_steps=1", f"output_dir={folder}")  # the lock went with the process
-
-
-def test_one_failing_rank_ends_the_job_with_its_traceback(tmp_path):
-    output = run(
-        *FAST, f"{LOSSES}RaisesOnLastRank", "step_scheduler.max_steps=5", "launch.nproc_per_node=2",
-        f"output_dir={tmp_path}/run", status=1,
-    )  # fmt: skip
-    assert "RuntimeError: this rank went wrong on purpose" in output
-    assert output.count("Traceback (most recent call last)") == 1
-    assert "launcher: the run is ended; in the words of rank 1:" in output
-
-
-def test_a_killed_rank_ends_the_job_and_is_named(tmp_path):
-    folder = tmp_path / "run"
-    process = start(
-        *FAST, f"{LOSSES}Slow", "step_scheduler.max_steps=500", "launch.nproc_per_node=2", f"output_dir={folder}"
-    )
-    wait_for_steps(folder, 1)
-    workers = [pid for pid in Path("/proc").glob("[0-9]*") if f"PPid:\t{process.pid}\n" in _status(pid)]
-    ranks = {rank: pid for pid in workers for rank in (0, 1) if f"\0RANK={rank}\0".encode() in _read(pid / "environ")}
-    os.kill(int(ranks[1].name), signal.SIGKILL)
-    output, _ = process.communicate(timeout=30)
-    assert process.returncode == 1
-    assert "launcher: rank 1 was killed by SIGKILL; the run is ended" in output
-    assert "Traceback" not in output
 
 
 def test_a_full_disk_is_told_and_the_last_checkpoint_stays(tmp_path):
@@ -183,24 +174,22 @@ def test_workers_die_with_their_launcher(tmp_path):
     wait_for_steps(folder, 1)
     process.kill()
     process.wait()
-    time.sleep(1)
-    size = (folder / "metrics.jsonl").stat().st_size
-    assert [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(folder).encode() in _read(p)] == []
-    assert (folder / "metrics.jsonl").stat().st_size == size
+    deadline = time.monotonic() + 30  # they would run for minutes
+    while alive := [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(folder).encode() in _read(p)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)
 
 
 def test_a_run_whose_rank_was_killed_comes_back_by_itself_and_goes_on(whole, tmp_path):
     folder = tmp_path / "run"
-    run(*FAST, f"{LOSSES}Killed", "launch.nproc_per_node=2", "launch.max_restarts=1", "step_scheduler.max_steps=8",
-        "step_scheduler.local_batch_size=16", "step_scheduler.ckpt_every_steps=3", f"output_dir={folder}")  # fmt: skip
+    command_line(
+        *FAST, f"{LOSSES}Killed", "launch.nproc_per_node=2", "launch.max_restarts=1", "step_scheduler.max_steps=8",
+        "step_scheduler.local_batch_size=16", "step_scheduler.ckpt_every_steps=3", f"output_dir={folder}",
+    )  # fmt: skip
     first, second = json.loads((folder / "run.json").read_text())["resumed_from_step"]
     assert first is None and second in (3, 6)  # that of step 6 may not be whole yet at the eighth
     for one, other in zip(records(whole), records(folder), strict=True):
         assert numbers(other) == pytest.approx(numbers(one), rel=1e-5)
-
-
-def _status(process: Path) -> str:
-    return _read(process / "status").decode()
 
 
 def _read(path: Path) -> bytes:
@@ -255,7 +244,7 @@ def test_bad_rows_are_named_and_leave_nothing_behind(tmp_path, name):
 
 def test_bad_rows_are_told_once_by_several_ranks(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": 1, "completion": "c"}\n')
-    output = run(
+    output = command_line(
         "dataset=jsonl", f"dataset.path={tmp_path}/rows.jsonl", f"output_dir={tmp_path}/run",
         "launch.nproc_per_node=2", "step_scheduler.global_batch_size=2", status=2,
     )  # fmt: skip
@@ -292,7 +281,7 @@ def test_more_ranks_than_rows(tmp_path):
 
 
 def test_a_sweep_gives_every_job_a_run_of_its_own(tmp_path):
-    run("-m", *FAST, "step_scheduler.max_steps=1,2", cwd=tmp_path)
+    command_line("-m", *FAST, "step_scheduler.max_steps=1,2", cwd=tmp_path)
     lengths = sorted(len(records(folder)) for folder in (tmp_path / "outputs" / "llm_sft").iterdir())
     assert lengths == [1, 2]
     assert [p.name for p in tmp_path.iterdir()] == ["outputs"]
@@ -304,7 +293,7 @@ def test_a_saved_configuration_repeats_the_run(whole, tmp_path):
 
 
 def test_cfg_job_shows_the_configuration_and_runs_nothing(tmp_path):
-    output = run("--cfg", "job", "step_scheduler.max_steps=3", cwd=tmp_path)
+    output = command_line("--cfg", "job", "step_scheduler.max_steps=3", cwd=tmp_path)
     assert "max_steps: 3" in output
     assert list(tmp_path.iterdir()) == []
 
@@ -320,10 +309,6 @@ def test_wandb_is_kept_offline_and_a_broken_logger_stops_nothing(tmp_path):
 
 
 def test_under_torchrun_the_job_is_joined(tmp_path):
-    import sys
-
-    from tests.recipes.command import ROOT
-
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "automodel.run",
          *FAST, "step_scheduler.max_steps=2", f"output_dir={tmp_path}/run"],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes.command import records, run
+from tests.recipes.command import command_line, records, run
 
 LAYOUTS = {
     "one process": [],
@@ -17,15 +17,23 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def runs(shared_data: Path, stories: Path, tmp_path_factory) -> dict[str, Path]:
+def base(shared_data: Path, stories: Path) -> list[str]:
+    return [
+        "model=hf", f"model.pretrained_model_name_or_path={stories}", "dataset=jsonl",
+        f"dataset.path={shared_data}/sft/gsm8k_train.jsonl", "dataset.limit=200", "dataset.max_length=256",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(base: list[str], shared_data: Path, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("layouts")
     out = {}
     for number, (name, layout) in enumerate(LAYOUTS.items()):
         out[name] = folder / str(number)
-        run(
-            "recipe=llm_sft", "model=hf", f"model.pretrained_model_name_or_path={stories}", "dataset=jsonl",
-            f"dataset.path={shared_data}/sft/gsm8k_train.jsonl", "dataset.columns.prompt=question",
-            "dataset.columns.completion=answer", "validation_dataset=jsonl", "evaluation=generation",
+        train = run if layout else command_line
+        train(
+            *base, "recipe=llm_sft", "dataset.columns.prompt=question", "dataset.columns.completion=answer",
+            "validation_dataset=jsonl", "evaluation=generation",
             f"validation_dataset.path={shared_data}/sft/gsm8k_test.jsonl", "validation_dataset.limit=9",
             "evaluation.max_new_tokens=6", "evaluation.batch_size=2", "step_scheduler.max_steps=10",
             f"output_dir={out[name]}", *layout,
@@ -128,10 +136,9 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_of_a_strategy_trains(runs, shared_data, stories, tmp_path, name):
+def test_every_option_of_a_strategy_trains(runs, base, tmp_path, name):
     run(
-        "model=hf", f"model.pretrained_model_name_or_path={stories}", "dataset=jsonl",
-        f"dataset.path={shared_data}/sft/gsm8k_train.jsonl", "step_scheduler.max_steps=3", "optimizer.lr=1e-5",
+        *base, "step_scheduler.max_steps=3", "optimizer.lr=1e-5",
         "launch.nproc_per_node=2", f"output_dir={tmp_path}/run", *OPTIONS[name],
     )  # fmt: skip
     # bf16 keeps about three digits; all else is the same computation

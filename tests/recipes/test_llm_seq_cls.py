@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes.command import ROOT, records, run
+from tests.recipes.command import ROOT, command_line, records, run
 
 
 def test_the_kinds_of_the_embedded_default_are_told_apart(tmp_path):
-    run("recipe=llm_seq_cls", f"output_dir={tmp_path}/run")
+    command_line("recipe=llm_seq_cls", f"output_dir={tmp_path}/run")
     (record,) = records(tmp_path / "run", "validation")
     assert record["metric/accuracy"] > 0.95 and record["metric/macro_f1"] > 0.95
 
