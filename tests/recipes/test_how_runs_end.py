@@ -54,8 +54,8 @@ def test_a_resumed_run_equals_the_one_never_stopped(whole, tmp_path):
 
 def test_three_ranks_of_ddp_go_on_to_the_last_bit_too(tmp_path):
     # Of more than two ranks the order of a sum counts, and DDP orders its buckets by its first backward.
-    argv = [*FAST, "step_scheduler.global_batch_size=24", "launch.nproc_per_node=3", "evaluation=loss",
-            "validation_dataset=none", "step_scheduler.max_steps=4", "step_scheduler.ckpt_every_steps=2"]  # fmt: skip
+    argv = [*FAST, "step_scheduler.global_batch_size=24", "launch.nproc_per_node=3", "step_scheduler.max_steps=4",
+            "step_scheduler.ckpt_every_steps=2"]  # fmt: skip
     whole, again = tmp_path / "whole", tmp_path / "again"
     run(*argv, f"output_dir={whole}")
     shutil.copytree(whole, again, symlinks=True)
