@@ -16,7 +16,7 @@ import yaml
 
 from automodel.config.targets import check_target
 from automodel.types import ExitStatus, UserError
-from automodel.verbs.command_line import OwnKey, VerbFailed, read_own_keys, run_verb
+from automodel.verbs.command_line import OwnKey, VerbFailed, one_of, read_own_keys, run_verb
 
 if TYPE_CHECKING:
     import torch
@@ -39,12 +39,7 @@ Keys
 Memory: about one weight file is held at a time; with export.verify=true or export.merge=true, the whole model.
 Status 0: written; 1: failed, and there is no OUT; 2: wrong input."""
 
-_DTYPES = ("float32", "bfloat16", "float16")
 _BOOLS = {"true": True, "false": False}
-
-
-def _dtype(text: str) -> str:
-    return _DTYPES[_DTYPES.index(text)]
 
 
 def _bool(text: str) -> bool:
@@ -60,7 +55,7 @@ def _size(text: str) -> str:
 
 
 _KEYS = {
-    "export.dtype": OwnKey(None, _dtype, f"one of {', '.join(_DTYPES)}"),
+    "export.dtype": one_of(None, ("float32", "bfloat16", "float16")),
     "export.merge": OwnKey(False, _bool, "true or false"),
     "export.max_shard_size": OwnKey("5GB", _size, "a size such as 500MB or 5GB"),
     "export.verify": OwnKey(True, _bool, "true or false"),

@@ -26,11 +26,13 @@ class OwnKey:
         default: its value where it is not given.
         read: returns the value of a text, or raises ValueError.
         expected: what the text must be, for the message.
+        choices: the texts it may be, where they are few.
     """
 
     default: Any
     read: Callable[[str], Any]
     expected: str
+    choices: tuple[str, ...] = ()
 
 
 def whole_number(default: int, *, least: int) -> OwnKey:
@@ -42,6 +44,11 @@ def whole_number(default: int, *, least: int) -> OwnKey:
         return int(text)
 
     return OwnKey(default, read, f"a whole number of at least {least}")
+
+
+def one_of(default: str | None, choices: tuple[str, ...]) -> OwnKey:
+    """Return a key whose value is one of ``choices``."""
+    return OwnKey(default, lambda text: choices[choices.index(text)], f"one of {', '.join(choices)}", choices)
 
 
 def run_verb(work: Callable[[list[str]], ExitStatus], argv: Sequence[str] | None, *, usage: str) -> None:
@@ -86,7 +93,8 @@ def read_own_keys(argv: Sequence[str], keys: Mapping[str, OwnKey]) -> tuple[dict
         try:
             values[key] = keys[key].read(text)
         except ValueError:
-            problems.append(f"{key}={text} must be {keys[key].expected}")
+            hint = did_you_mean(text, keys[key].choices)
+            problems.append(f"{key}={text} must be {keys[key].expected}{hint}")
     return values, [arg for arg in argv if arg not in own], problems
 
 
