@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,20 @@ def shared_data() -> Path:
 def stories(shared_data: Path) -> Path:
     """A real pretrained Llama of 260k parameters with its tokenizer."""
     return shared_data / "models" / "stories260k"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Make a disk of a size such as ``3m``, which only root can."""
+    disk = tmp_path / "disk"
+
+    def make(size: str) -> Path:
+        disk.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk]
+        if subprocess.run(command, check=False, capture_output=True).returncode:
+            pytest.skip("a small disk can be made by root alone")
+        return disk
+
+    yield make
+    if disk.is_mount():
+        subprocess.run(["umount", disk], check=True)

@@ -103,26 +103,15 @@ def fill_the_disk(folder: str, on_error: str) -> list[Any]:
     return told
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=False, capture_output=True)
-    if mounted.returncode:
-        pytest.skip("a small disk can be made by root alone")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
 def test_a_write_that_fails_stops_every_rank_at_the_next_save(two_ranks, small_disk):
-    for first, second, third in two_ranks.run(fill_the_disk, str(small_disk), "stop"):
+    for first, second, third in two_ranks.run(fill_the_disk, str(small_disk("3m")), "stop"):
         assert first == (False, ["step_00000001"])
         assert second == (True, ["step_00000001"])
         assert "step_00000002 could not be written: " in third and "are untouched" in third
 
 
 def test_a_write_that_fails_can_be_gone_on_from(two_ranks, small_disk):
-    for first, second, third in two_ranks.run(fill_the_disk, str(small_disk), "continue"):
+    for first, second, third in two_ranks.run(fill_the_disk, str(small_disk("3m")), "continue"):
         assert first == second == (False, ["step_00000001"])
         assert third == (False, ["step_00000001", "step_00000003"])
 

@@ -107,18 +107,11 @@ def test_changes_can_be_allowed_and_a_later_end_is_told(kept, tmp_path):
     assert [record["step"] for record in records(again)] == list(range(1, 9))
 
 
-def test_too_little_room_is_told_before_training(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=False, capture_output=True)
-    if mounted.returncode:
-        pytest.skip("a small disk can be made by root alone")
-    try:
-        output = run(*FAST, "step_scheduler.max_steps=2", f"output_dir={disk}/run", "checkpoint.on_error=continue",
-                     status=1)  # fmt: skip
-        warning, plan = output.index("a checkpoint takes about 4 MiB, and"), output.index("the plan")
-        assert warning < plan
-        assert "step_00000002 could not be written: it takes about 4 MiB, and" in output
-        assert (disk / "run" / "model" / "model.safetensors").exists()  # trained all the same
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_too_little_room_is_told_before_training(small_disk):
+    disk = small_disk("3m")
+    output = run(*FAST, "step_scheduler.max_steps=2", f"output_dir={disk}/run", "checkpoint.on_error=continue",
+                 status=1)  # fmt: skip
+    warning, plan = output.index("a checkpoint takes about 4 MiB, and"), output.index("the plan")
+    assert warning < plan
+    assert "step_00000002 could not be written: it takes about 4 MiB, and" in output
+    assert (disk / "run" / "model" / "model.safetensors").exists()  # trained all the same

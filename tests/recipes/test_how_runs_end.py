@@ -148,22 +148,15 @@ def test_a_second_writer_is_refused(tmp_path):
     run(*FAST, "step_scheduler.max_steps=1", f"output_dir={folder}")  # the lock went with the process
 
 
-def test_a_full_disk_is_told_and_the_last_checkpoint_stays(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], check=False, capture_output=True)
-    if mounted.returncode:
-        pytest.skip("a small disk can be made by root alone")
-    try:
-        argv = [*FAST, "step_scheduler.max_steps=4", "step_scheduler.ckpt_every_steps=1", f"output_dir={disk}/run"]
-        output = run(*argv, "checkpoint.keep_last=null", status=1)
-        assert "step_00000002 could not be written: it takes about" in output and "MiB are free on its disk" in output
-        assert (disk / "run" / "checkpoints" / "latest").resolve().name == "step_00000001"
-        assert not list((disk / "run" / "checkpoints").glob(".*.partial"))
-        output = run(*argv, "step_scheduler.ckpt_every_steps=9", "checkpoint.enabled=false", "export.enabled=false")
-        assert "resumed from" in output and "at step 1" in output
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_a_full_disk_is_told_and_the_last_checkpoint_stays(small_disk):
+    disk = small_disk("8m")
+    argv = [*FAST, "step_scheduler.max_steps=4", "step_scheduler.ckpt_every_steps=1", f"output_dir={disk}/run"]
+    output = run(*argv, "checkpoint.keep_last=null", status=1)
+    assert "step_00000002 could not be written: it takes about" in output and "MiB are free on its disk" in output
+    assert (disk / "run" / "checkpoints" / "latest").resolve().name == "step_00000001"
+    assert not list((disk / "run" / "checkpoints").glob(".*.partial"))
+    output = run(*argv, "step_scheduler.ckpt_every_steps=9", "checkpoint.enabled=false", "export.enabled=false")
+    assert "resumed from" in output and "at step 1" in output
 
 
 def test_workers_die_with_their_launcher(tmp_path):
