@@ -137,18 +137,17 @@ def settle_gradient_buckets(
 
     DDP orders them anew after the first backward. Of three or more ranks, the place of a gradient in its bucket
     decides the order in which it is summed, so that the first step of a resumed run would differ in the last bits from
-    that of the run that was never stopped. No weight, no gradient and no random state changes.
+    that of the run that was never stopped. No weight, no gradient and no random state changes. It takes the memory of a
+    step's micro-batch: the model is in the mode in which it trains.
     """
     if not isinstance(find_wrapper(model), DistributedDataParallel) or dist.get_world_size(config.dp_group) < 3:
         return
-    state, was_training = rng_state(), model.training
-    model.eval()
+    state = rng_state()
     batch = {name: tensor.to(config.device) for name, tensor in batch.items()}
     with config.autocast():
         loss_sum = loss_fn(model, batch)
     loss_sum.backward()
     zero_gradients(model, optimizer)
-    model.train(was_training)
     set_rng_state(state)
 
 
