@@ -22,18 +22,15 @@ def record_collectives() -> None:
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_NUM_ENTRIES))
 
 
-def write_record(folder: Path) -> Path | None:
-    """Write ``rank_N`` into ``folder``, for torch's ``torchfrtrace``; None where there is nothing, or no way, to."""
+def write_record(folder: Path) -> None:
+    """Write ``rank_N`` into ``folder``, for torch's ``torchfrtrace``, where there is a record of anything."""
     try:
         record = _record()
-        if not pickle.loads(record).get("entries"):
-            return None
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{PREFIX}{dist.get_rank()}"
-        file.write_bytes(record)
+        if pickle.loads(record).get("entries"):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{PREFIX}{dist.get_rank()}").write_bytes(record)
     except Exception:  # whatever it is, the stall is what must be told
-        return None
-    return file
+        return
 
 
 def last_collective() -> str:

@@ -18,6 +18,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.dist.pool import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +142,15 @@ def records(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
     """Return the metric records of one kind."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def wait_for_steps(run_dir: Path, num_steps: int) -> None:
+    """Wait until a run that was started has logged so many steps."""
+    for _ in range(1800):
+        if (run_dir / "metrics.jsonl").exists() and len(records(run_dir)) >= num_steps:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{run_dir} did not come to step {num_steps}")
 
 
 def numbers(record: dict[str, Any]) -> dict[str, Any]:

@@ -13,17 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes.command import FAST, ROOT, command_line, numbers, records, run, start
+from tests.recipes.command import FAST, ROOT, command_line, numbers, records, run, start, wait_for_steps
 
 LOSSES = "loss_fn._target_=tests.recipes.faulty_losses."
-
-
-def wait_for_steps(run_dir: Path, num_steps: int) -> None:
-    for _ in range(1800):
-        if (run_dir / "metrics.jsonl").exists() and len(records(run_dir)) >= num_steps:
-            return
-        time.sleep(0.1)
-    pytest.fail(f"{run_dir} did not come to step {num_steps}")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from automodel.config.command_line import quoted
-from tests.recipes.command import FAST, ROOT, numbers, records, run
+from tests.recipes.command import FAST, ROOT, numbers, records, run, wait_for_steps
 
 TOOL = ROOT.parent / "shared" / "tools" / "local-slurm.sh"
 STEPS = ["step_scheduler.max_steps=6", "step_scheduler.global_batch_size=32"]
@@ -93,14 +93,6 @@ def wait_for_end(cluster: dict[str, str], job: str, log: Path, *, state: str = "
     text = log.read_text() if log.exists() else ""
     assert f"JobState={state}" in shown, f"{shown}\n{text}"
     return text
-
-
-def wait_for_steps(run_dir: Path, num_steps: int) -> None:
-    for _ in range(1800):
-        if (run_dir / "metrics.jsonl").exists() and len(records(run_dir)) >= num_steps:
-            return
-        time.sleep(0.1)
-    pytest.fail(f"{run_dir} did not come to step {num_steps}")
 
 
 @dataclass
