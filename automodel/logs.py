@@ -1,20 +1,17 @@
-"""Logging: rank 0 speaks, other ranks only warn; a progress bar where there is a terminal."""
+"""Logging: rank 0 speaks, other ranks only warn."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 _ROOT = "automodel"
 _is_main = True  # until setup_logging says otherwise
-_console = Console(stderr=True, soft_wrap=True, highlight=False)
+console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 class _ConsoleHandler(logging.Handler):
@@ -23,21 +20,9 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             style = "yellow" if record.levelno >= logging.WARNING else None
-            _console.print(self.format(record), style=style, markup=False)
+            console.print(self.format(record), style=style, markup=False)
         except Exception:
             self.handleError(record)
-
-
-class Bar:
-    """A progress bar, or nothing where there is no terminal."""
-
-    def __init__(self, bar: Progress | None, task: int | None) -> None:
-        self._bar, self._task = bar, task
-
-    def update(self, done: int, text: str) -> None:
-        """Show that ``done`` steps are done, with a few words."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, text=text)
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -49,6 +34,11 @@ def warn_for_all(logger: logging.Logger, message: str, *args: object) -> None:
     """Log a warning that every rank comes to alike: rank 0 speaks."""
     if _is_main:
         logger.warning(message, *args)
+
+
+def speaks_for_all() -> bool:
+    """Return whether this process is the one that shows what all ranks do."""
+    return _is_main
 
 
 def setup_logging(rank: int, log_file: Path | None = None) -> None:
@@ -75,21 +65,6 @@ def add_log_file(path: Path) -> None:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger(_ROOT).addHandler(handler)
-
-
-@contextmanager
-def progress(total: int | None, *, description: str) -> Iterator[Bar]:
-    """Show a progress bar for the block, if this is rank 0 on a terminal."""
-    is_quiet = logging.getLogger(_ROOT).level > logging.INFO
-    if is_quiet or not _console.is_terminal:
-        yield Bar(None, None)
-        return
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
-    )  # fmt: skip
-    with Progress(*columns, console=_console, transient=True) as bar:
-        yield Bar(bar, bar.add_task(description, total=total, text=""))
 
 
 def _quieten_libraries() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -19,8 +18,10 @@ from automodel.config import Config, has_help, help_text, hydra_flags, load_conf
 from automodel.launch.local import LocalLaunch
 from automodel.launch.run_id import default_run_id
 from automodel.launch.submission import forget_interactive_step, submission_of
+from automodel.launch.sweep import run_sweep
 from automodel.launch.worker import die_with_launcher, is_worker, leave, tell_failure
 from automodel.logs import get_logger, setup_logging
+from automodel.screen import clear_screen_lines, show_phase
 from automodel.types import ExitStatus, RunError, UserError
 
 if TYPE_CHECKING:
@@ -48,8 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         leave(ExitStatus.BAD_INPUT)
     if hydra_flags(argv):
         _show_by_hydra(argv)
-    elif jobs is not None:
-        sys.exit(_run_sweep(jobs))
+        return
+    if not is_worker(os.environ):
+        setup_logging(rank=0)
+    if jobs is not None:
+        sys.exit(run_sweep(jobs))
     elif is_worker(os.environ):
         leave(run_recipe(cfg))
     else:
@@ -58,11 +62,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(_submit(launch, cfg, argv))
         if launch.nproc_per_node == 1 and not launch.max_restarts:
             leave(run_recipe(cfg))
+        log.info("%s: starting %d processes", cfg.recipe.name, launch.nproc_per_node)
         sys.exit(launch.run("automodel.run", argv))
 
 
 def run_recipe(cfg: Config) -> ExitStatus:
     """Run the recipe of ``cfg`` in this process, as one rank of its job, and return how it ended."""
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    setup_logging(rank)
+    show_phase(f"{cfg.recipe.name}: loading torch")
     # The stacks in C++ of a peer that lost a connection would bury the words of the rank that failed.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from automodel.distributed.dist_info import destroy_global_state, initialize_distributed
@@ -71,8 +79,6 @@ def run_recipe(cfg: Config) -> ExitStatus:
     from automodel.train.rng import make_deterministic
     from automodel.train.signals import serve_one_run
 
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
-    setup_logging(rank, None)
     serve_one_run()
     record_collectives()
     if cfg.rng.deterministic:
@@ -222,6 +228,7 @@ def _tell(error: UserError, *, is_shared: bool = True) -> None:
 
     Before the ranks have met, a problem may be that of a single node: there one rank of each node speaks.
     """
+    clear_screen_lines()
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
     if rank != "0":
@@ -230,18 +237,6 @@ def _tell(error: UserError, *, is_shared: bool = True) -> None:
         where = "" if rank == "0" else f" on {platform.node()}"
         for problem in error.problems:
             print(f"error{where}: {problem}", file=sys.stderr, flush=True)
-
-
-def _run_sweep(jobs: list[list[str]]) -> int:
-    """Run every job in a process of its own, with an id of its own; the first that fails ends the sweep."""
-    sweep_id = default_run_id()
-    for number, job in enumerate(jobs):
-        log.info("job %d of %d: %s", number + 1, len(jobs), " ".join(job))
-        env = os.environ | {"AUTOMODEL_RUN_ID": f"{sweep_id}-{number}"}
-        status = subprocess.run([sys.executable, "-m", "automodel.run", *job], env=env, check=False).returncode
-        if status:
-            return status
-    return ExitStatus.DONE
 
 
 def _show_by_hydra(argv: list[str]) -> None:

@@ -153,7 +153,7 @@ def build_loop(
     Writes ``config.yaml`` and ``run.json``, opens the loggers and prints the plan: from here on the input is
     known to be good. Every rank must call it.
     """
-    mark("building the loop")
+    mark("preparing to train")
     cfg, info = job.cfg, job.dist_info
     steps = StepScheduler(
         steps_per_epoch=loader.steps_per_epoch,

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from automodel.data.collate import ClassificationCollator
-from automodel.data.loader import validation_batches
+from automodel.data.loader import ValidationBatches
 from automodel.data.prepare import load_classification
 from automodel.data.rows import ClassificationRows
 from automodel.distributed.first_rank import FirstRankPerNode
@@ -34,7 +34,7 @@ def run(job: Job) -> None:
     if validation_rows is not None:
         validation = Validation(
             "validation",
-            batches=lambda: validation_batches(
+            batches=ValidationBatches(
                 validation_rows.examples,
                 collate=collate,
                 batch_size=cfg.step_scheduler.local_batch_size,

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from automodel.data.collate import CausalLMCollator, PackedCollator
-from automodel.data.loader import validation_batches
+from automodel.data.loader import ValidationBatches
 from automodel.data.rows import SFTRows
 from automodel.data.train_set import TrainSet
 from automodel.distributed.mesh import dp_eval_sample_shard
@@ -129,7 +129,7 @@ class _Evaluator:
         self.generation: GenerationEvaluation | None = build(job.cfg.evaluation)
         self.validation = Validation(
             "validation",
-            batches=lambda: validation_batches(
+            batches=ValidationBatches(
                 rows.examples,
                 collate=collate,
                 batch_size=job.cfg.step_scheduler.local_batch_size,

@@ -17,7 +17,7 @@ from automodel.data.formats import RowFormat
 from automodel.data.preparers import BadRows, Prepared, PrepareOptions, ReadRow, choose_first
 from automodel.data.readers import BadRow
 from automodel.data.rows import RowCounts
-from automodel.logs import progress
+from automodel.screen import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -222,13 +222,27 @@ def seeded(*parts: Any) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def validation_batches(
-    rows: Sequence[dict[str, Any]], *, collate: Collate, batch_size: int, dp_rank: int, dp_size: int
-) -> Iterator[Batch]:
-    """Yield this rank's share of ``rows`` in their order, as many batches on every rank; dummies fill up."""
-    for start in range(0, len(rows), batch_size * dp_size):
-        first = start + dp_rank * batch_size
-        yield collate([rows[index] for index in range(first, min(first + batch_size, len(rows)))])
+@dataclass(frozen=True)
+class ValidationBatches:
+    """This rank's share of ``rows`` in their order, as many batches on every rank; dummies fill up.
+
+    Iterating over it makes the batches; its length is their number.
+    """
+
+    rows: Sequence[dict[str, Any]]
+    collate: Collate
+    batch_size: int
+    dp_rank: int
+    dp_size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // (self.batch_size * self.dp_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.rows), self.batch_size * self.dp_size):
+            first = start + self.dp_rank * self.batch_size
+            chosen = range(first, min(first + self.batch_size, len(self.rows)))
+            yield self.collate([self.rows[index] for index in chosen])
 
 
 class _Rows:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from automodel.distributed.dist_info import DistInfo
 from automodel.distributed.flight_recorder import PREFIX, last_collective, write_record
+from automodel.screen import show_phase
 from automodel.types import ExitStatus
 
 INTERVAL_SEC = 1.0
@@ -64,8 +65,13 @@ _limit_sec = 60.0
 
 
 def mark(phase: str, *, step: int | None = None) -> None:
-    """Note what this rank does from now on (``training``, ``saving``, ...), for the message about a stall."""
+    """Note what this rank does from now on (``training``, ``saving``, ...), for the message about a stall.
+
+    A phase that belongs to no step is shown on the screen.
+    """
     _place.phase, _place.step = phase, step
+    if step is None:
+        show_phase(phase)
 
 
 def set_stall_limit(collective_timeout_minutes: float) -> None:

@@ -92,8 +92,10 @@ class GenerationEvaluation:
     ) -> list[tuple[int, str]]:
         """Return (index, answer) for this rank's share of the prompts."""
         from automodel.distributed.wrappers import is_megatron_fsdp, unwrap
+        from automodel.screen import progress
 
         rank, size = share
+        in_lockstep = not is_alone and size > 1
         generator = unwrap(model)
         was_training = generator.training
         generator.eval()
@@ -101,15 +103,17 @@ class GenerationEvaluation:
             model.start_param_sync()  # as its own forward would, which generate() does not come through
         answers: list[tuple[int, str]] = []
         try:
-            for start in range(0, len(prompts), self.batch_size * size):
-                first = start + rank * self.batch_size
-                chosen = range(first, min(first + self.batch_size, len(prompts)))
-                if not chosen and is_alone:
-                    continue
-                # Where the ranks go together, one that has no row left in a round generates along, unscored.
-                ids = [prompts[i].prompt_ids for i in chosen or range(1)]
-                texts = self._generate(generator, tokenizer, ids, device=device, in_lockstep=not is_alone and size > 1)
-                answers += zip(chosen, texts, strict=False)
+            with progress(len(prompts), description="generating answers") as bar:
+                for start in range(0, len(prompts), self.batch_size * size):
+                    first = start + rank * self.batch_size
+                    chosen = range(first, min(first + self.batch_size, len(prompts)))
+                    if not chosen and is_alone:
+                        continue
+                    # Where the ranks go together, one that has no row left in a round generates along, unscored.
+                    ids = [prompts[i].prompt_ids for i in chosen or range(1)]
+                    texts = self._generate(generator, tokenizer, ids, device=device, in_lockstep=in_lockstep)
+                    answers += zip(chosen, texts, strict=False)
+                    bar.update(min(start + self.batch_size * size, len(prompts)))
         finally:
             generator.train(was_training)
         return answers

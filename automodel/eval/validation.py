@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from automodel.losses.cross_entropy import CrossEntropy
+from automodel.screen import progress
 from automodel.types import IGNORE_INDEX
 
 Batch = dict[str, torch.Tensor]
 Sums = dict[str, torch.Tensor]
+
+
+class Batches(Protocol):
+    """Batches that can be gone through many times, and whose number is known."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
 
 
 @dataclass(frozen=True)
@@ -22,14 +32,14 @@ class Validation:
     """One named validation set and what is measured on it.
 
     Attributes:
-        batches: makes this rank's batches anew; every rank has as many of them.
+        batches: this rank's; every rank has as many of them.
         measure: (model, batch) -> sums over the batch's supervised positions, of the same names and shapes on
             every rank; ``loss_sum`` and ``num_label_tokens`` among them.
         summarize: all sums over every rank (float64, on the CPU) -> metrics by name.
     """
 
     name: str
-    batches: Callable[[], Iterable[Batch]]
+    batches: Batches
     measure: Callable[[nn.Module, Batch], Sums]
     summarize: Callable[[Sums], dict[str, float]] = lambda sums: {}
 
@@ -48,7 +58,7 @@ def validate(
     model.eval()
     total: Sums = {}
     try:
-        for batch in validation.batches():
+        for batch in _shown(validation):
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             with autocast():
                 sums = validation.measure(model, batch)
@@ -64,6 +74,14 @@ def validate(
     loss = float(total["loss_sum"]) / max(1, num_label_tokens)
     metrics = {f"metric/{name}": value for name, value in validation.summarize(total).items()}
     return {"loss": loss, "num_label_tokens": num_label_tokens, **metrics}
+
+
+def _shown(validation: Validation) -> Iterator[Batch]:
+    """Yield the batches, and show how far they are."""
+    with progress(len(validation.batches), description=validation.name) as bar:
+        for done, batch in enumerate(validation.batches, start=1):
+            yield batch
+            bar.update(done)
 
 
 def measure_loss(loss_fn: CrossEntropy) -> Callable[[nn.Module, Batch], Sums]:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
+from automodel.screen import clear_screen_lines
+
 STATUS_DIR = "AUTOMODEL_STATUS_DIR"
 LAUNCHER_PID = "AUTOMODEL_LAUNCHER_PID"
 DELIBERATE = (0, 2, 75)
@@ -38,6 +40,7 @@ def tell_failure(text: str) -> None:
 
     What is told first counts; the rest only follows from it.
     """
+    clear_screen_lines()
     folder = os.environ.get(STATUS_DIR)
     if folder and Path(folder).is_dir():
         file = Path(folder) / f"failure-{os.environ.get('RANK', '0')}"
@@ -61,6 +64,7 @@ def leave(status: int) -> NoReturn:
     restarts nothing.
     """
     status = int(status)
+    clear_screen_lines()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

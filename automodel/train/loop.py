@@ -16,7 +16,8 @@ from automodel.distributed.ordering import collective_timeout, set_collective_ti
 from automodel.distributed.reduce import read
 from automodel.distributed.watchdog import mark
 from automodel.loggers.fanout import MetricSink
-from automodel.logs import get_logger, progress, warn_for_all
+from automodel.logs import get_logger, warn_for_all
+from automodel.screen import progress
 from automodel.train.meter import Meter
 from automodel.train.rng import rng_state
 from automodel.train.signals import StopRequest
@@ -117,7 +118,7 @@ class TrainLoop:
     def _run(self) -> None:
         self.model.train()
         first_step = self.steps.step + 1
-        with StopRequest() as stop, progress(self.steps.total_steps, description="training") as bar:
+        with StopRequest() as stop, progress(self.steps.total_steps, description="training", is_logged=False) as bar:
             batches = self._batches()
             while not self.steps.is_last_step:
                 mark("training", step=self.steps.step + 1)

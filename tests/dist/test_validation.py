@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from automodel.data.collate import CausalLMCollator
-from automodel.data.loader import validation_batches
+from automodel.data.loader import ValidationBatches
 from automodel.eval.validation import (
     Validation,
     measure_classification,
@@ -27,7 +27,7 @@ def validated(strategy: str, num_rows: int, batch_size: int) -> dict[str, float]
     model.train()
     validation = Validation(
         "validation",
-        batches=lambda: validation_batches(
+        batches=ValidationBatches(
             uneven_rows(num_rows),
             collate=CausalLMCollator(0),
             batch_size=batch_size,

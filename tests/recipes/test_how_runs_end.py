@@ -265,11 +265,15 @@ def test_more_ranks_than_rows(tmp_path):
         assert two["num_label_tokens"] == one["num_label_tokens"]
 
 
-def test_a_sweep_gives_every_job_a_run_of_its_own(tmp_path):
-    command_line("-m", *FAST, "step_scheduler.max_steps=1,2", cwd=tmp_path)
-    lengths = sorted(len(records(folder)) for folder in (tmp_path / "outputs" / "llm_sft").iterdir())
-    assert lengths == [1, 2]
+def test_a_sweep_gives_every_job_a_run_of_its_own_and_ends_with_a_table(tmp_path):
+    """The first job fails in training, and the second one runs all the same."""
+    output = command_line("-m", *FAST, "step_scheduler.max_steps=3", "optimizer.lr=1e36,1e-3", cwd=tmp_path, status=1)
     assert [p.name for p in tmp_path.iterdir()] == ["outputs"]
+    failed, done = sorted((tmp_path / "outputs" / "llm_sft").iterdir())
+    assert (len(records(failed)), len(records(done))) == (1, 3)
+    assert "a sweep of 2 jobs:\n  optimizer.lr=1e+36\n  optimizer.lr=0.001\n" in output
+    table = output[output.rindex("┏") :].replace("\n", "")
+    assert "failed (1)" in table and f"{records(done)[-1]['loss']:.4f}" in table
 
 
 def test_a_saved_configuration_repeats_the_run(whole, tmp_path):

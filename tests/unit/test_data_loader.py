@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from automodel.data.collate import CausalLMCollator, ClassificationCollator
-from automodel.data.loader import TrainLoader, validation_batches
+from automodel.data.loader import TrainLoader, ValidationBatches
 from automodel.types import UserError
 
 PAD = 0
@@ -130,7 +130,7 @@ def test_validation_takes_every_row_once_in_order_with_as_many_batches_on_every_
     for world, batch_size in itertools.product((1, 2, 3, 4), (1, 2, 5)):
         ranks = [
             list(
-                validation_batches(
+                ValidationBatches(
                     rows, collate=CausalLMCollator(PAD), batch_size=batch_size, dp_rank=rank, dp_size=world
                 )
             )

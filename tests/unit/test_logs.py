@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from automodel.logs import add_log_file, get_logger, progress, setup_logging, warn_for_all
+from automodel.logs import add_log_file, get_logger, setup_logging, warn_for_all
+from automodel.screen import progress
 
 
 def spoken(capsys, rank: int) -> list[str]:
