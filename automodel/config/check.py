@@ -222,9 +222,10 @@ def _check_numbers(cfg: Config) -> Iterator[str]:
     betas = cfg.optimizer.get("betas")
     if isinstance(betas, list) and any(isinstance(beta, int | float) and not 0 <= beta < 1 for beta in betas):
         yield f"optimizer.betas={betas} must lie in [0, 1)"
-    ratio = cfg.lr_scheduler.get("warmup_ratio")
-    if isinstance(ratio, int | float) and not 0 <= ratio <= 1:
-        yield f"lr_scheduler.warmup_ratio={ratio} must lie in [0, 1]"
+    for key in ("warmup_ratio", "min_lr_ratio"):
+        ratio = cfg.lr_scheduler.get(key)
+        if isinstance(ratio, int | float) and not 0 <= ratio <= 1:
+            yield f"lr_scheduler.{key}={ratio} must lie in [0, 1]"
     warmup_steps = cfg.lr_scheduler.get("warmup_steps")
     if isinstance(warmup_steps, int) and warmup_steps < 0:
         yield f"lr_scheduler.warmup_steps={warmup_steps} must be at least 0"

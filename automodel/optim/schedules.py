@@ -1,4 +1,14 @@
-"""Learning-rate schedules: warm-up, then cosine, linear or constant."""
+"""Learning-rate schedules: warm-up, then cosine, linear or constant.
+
+With N steps in the run, W of them warm-up, and k = max(W, 1) the step at the peak, step s = 1 .. N has the rate
+
+    peak * s / W                          for s < k
+    peak * decay((s - k) / (N + 1 - k))   for s >= k
+
+where ``decay`` goes from 1 at 0 to ``min_lr_ratio`` at 1. The decay would end at step N + 1, so that every step trains:
+the first one at the peak where there is no warm-up, and the last one above ``min_lr_ratio``. Without warm-up these are
+the rates of transformers' schedules of the same names; with it theirs begin at 0, a step that trains nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +16,13 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from automodel.logs import get_logger, warn_for_all
+
 if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
+
+log = get_logger(__name__)
 
 
 def cosine(
@@ -19,7 +33,7 @@ def cosine(
     warmup_steps: int | None = None,
     min_lr_ratio: float = 0.0,
 ) -> LRScheduler:
-    """Warm up in a straight line, then follow half a cosine down to ``min_lr_ratio`` of the peak."""
+    """Warm up in a straight line, then decay: ``m + (1 - m) * (1 + cos(pi * progress)) / 2``, m the minimum's ratio."""
 
     def decay(progress: float) -> float:
         return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -37,7 +51,7 @@ def linear(
     warmup_steps: int | None = None,
     min_lr_ratio: float = 0.0,
 ) -> LRScheduler:
-    """Warm up in a straight line, then go down in one to ``min_lr_ratio`` of the peak."""
+    """Warm up in a straight line, then decay in one: ``1 - (1 - m) * progress``, m the minimum's ratio."""
 
     def decay(progress: float) -> float:
         return 1 - (1 - min_lr_ratio) * progress
@@ -56,7 +70,8 @@ def constant(
 
 
 def _num_warmup(total_steps: int, ratio: float, steps: int | None) -> int:
-    return math.ceil(ratio * total_steps) if steps is None else steps
+    # Rounded first: 0.07 x 100 is a little more than 7 in floating point.
+    return math.ceil(round(ratio * total_steps, 6)) if steps is None else steps
 
 
 def _schedule(
@@ -64,10 +79,20 @@ def _schedule(
 ) -> LRScheduler:
     from torch.optim.lr_scheduler import LambdaLR
 
-    def factor(step: int) -> float:
-        """Share of the peak for the update number ``step`` (from 0): the first one already moves."""
-        if step < num_warmup:
-            return (step + 1) / num_warmup
-        return decay(min(1.0, (step - num_warmup + 1) / max(1, total_steps - num_warmup)))
+    peak = max(num_warmup, 1)
+    if peak >= total_steps > 1:
+        warn_for_all(
+            log,
+            "the warm-up takes %d steps and the run has %d: the learning rate rises to the end, where it is %.0f%% of "
+            "optimizer.lr; lower lr_scheduler.warmup_steps or warmup_ratio",
+            num_warmup, total_steps, 100 * total_steps / num_warmup,
+        )  # fmt: skip
+
+    def factor(num_done: int) -> float:
+        """Return the share of the peak for the step after ``num_done`` steps."""
+        step = num_done + 1
+        if step < peak:
+            return step / num_warmup
+        return decay(min(1.0, (step - peak) / max(1, total_steps + 1 - peak)))
 
     return LambdaLR(optimizer, factor)

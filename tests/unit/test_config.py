@@ -93,6 +93,7 @@ WRONG = [
     ("optimizer.betas=[0.9,1.5]", "must lie in [0, 1)"),
     ("optimizer._target_=no_such.Thing", "optimizer._target_=no_such.Thing: cannot be imported"),
     ("lr_scheduler.warmup_ratio=2", "must lie in [0, 1]"),
+    ("lr_scheduler.min_lr_ratio=1.5", "lr_scheduler.min_lr_ratio=1.5 must lie in [0, 1]"),
     ("dataset=jsonl", "dataset.path is required"),
     ("dataset=jsonl dataset.path=no/such/file.jsonl", "there is no such file"),
     ("dataset=jsonl dataset.path=x dataset.columns.promt=q", "did you mean dataset.columns.prompt?"),

@@ -33,19 +33,65 @@ def test_warm_up_reaches_the_peak_in_a_straight_line():
     assert rates(constant, 6, warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
-def test_cosine_follows_its_formula_down_to_the_minimum():
+def test_cosine_follows_its_formula_and_the_minimum_would_come_one_step_after_the_last():
     got = rates(cosine, 10, warmup_steps=2, min_lr_ratio=0.1)
-    expected = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(1, 9)]
-    assert got[2:] == pytest.approx(expected)
-    assert got[-1] == pytest.approx(0.1)
+    # The peak is step 2 and the end of the decay step 11: nine steps apart.
+    expected = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 9)) for k in range(9)]
+    assert got == pytest.approx([0.5, *expected])
+    assert expected[0] == 1.0
 
 
-def test_linear_goes_down_in_a_straight_line():
-    assert rates(linear, 4, warmup_steps=0) == pytest.approx([0.75, 0.5, 0.25, 0.0])
+def test_linear_goes_down_in_a_straight_line_from_the_peak():
+    assert rates(linear, 4, warmup_steps=0) == pytest.approx([1.0, 0.75, 0.5, 0.25])
+    assert rates(linear, 5, warmup_steps=2, min_lr_ratio=0.2) == pytest.approx([0.5, 1.0, 0.8, 0.6, 0.4])
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 100])
+@pytest.mark.parametrize(("schedule", "name"), [(cosine, "cosine"), (linear, "linear"), (constant, "constant")])
+def test_without_warm_up_the_rates_are_those_of_transformers(schedule, name, num_steps):
+    from transformers import get_scheduler
+
+    def theirs(optimizer: torch.optim.Optimizer, total_steps: int):
+        return get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=total_steps)
+
+    assert rates(schedule, num_steps, warmup_steps=0) == pytest.approx(rates(theirs, num_steps))
+
+
+@pytest.mark.parametrize("schedule", [cosine, linear, constant])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 1000])
+@pytest.mark.parametrize("options", [{}, {"warmup_steps": 0}, {"warmup_steps": 1}, {"warmup_steps": 3}])
+def test_every_step_trains_and_the_peak_is_reached(schedule, num_steps, options):
+    got = rates(schedule, num_steps, **options)
+    num_warmup = options.get("warmup_steps") or 1
+    assert min(got) > 0
+    assert max(got) == pytest.approx(min(1.0, num_steps / num_warmup))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [(cosine, {1: [1], 2: [1, 0.5], 3: [1, 0.75, 0.25]}), (linear, {1: [1], 2: [1, 1 / 2], 3: [1, 2 / 3, 1 / 3]})],
+)
+def test_short_runs_train_at_rates_that_make_sense(schedule, expected):
+    assert {n: rates(schedule, n) for n in expected} == {n: pytest.approx(rates) for n, rates in expected.items()}
+
+
+@pytest.mark.parametrize(("num_warmup", "share"), [(4, "100%"), (8, "50%")])
+def test_a_warm_up_that_takes_the_whole_run_is_reported(caplog, num_warmup, share):
+    assert rates(cosine, 4, warmup_steps=num_warmup) == pytest.approx([k / num_warmup for k in (1, 2, 3, 4)])
+    assert (
+        f"takes {num_warmup} steps and the run has 4" in caplog.text and f"it is {share} of optimizer.lr" in caplog.text
+    )
+
+
+@pytest.mark.parametrize(("num_steps", "options"), [(1, {}), (2, {}), (50, {}), (4, {"warmup_steps": 3})])
+def test_a_warm_up_that_ends_in_time_is_no_warning(caplog, num_steps, options):
+    rates(cosine, num_steps, **options)
+    assert not caplog.text
 
 
 def test_the_warm_up_ratio_counts_whole_steps():
     assert rates(constant, 100, warmup_ratio=0.03)[:4] == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    assert rates(constant, 100, warmup_ratio=0.07)[5:8] == pytest.approx([6 / 7, 1, 1])  # and not an eighth
 
 
 def test_norms_and_biases_are_not_decayed():
