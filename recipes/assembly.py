@@ -37,6 +37,7 @@ from automodel.distributed.first_rank import FirstRankPerNode
 from automodel.distributed.mesh import DataParallel, Strategy, data_parallel
 from automodel.distributed.ordering import collective_timeout, everywhere, run_on_main
 from automodel.distributed.watchdog import mark
+from automodel.distributed.wrappers import is_peft_model, unwrap
 from automodel.loggers.fanout import MetricSink, open_loggers
 from automodel.loggers.rundir import RunDir, environment_record
 from automodel.logs import add_log_file, get_logger, warn_for_all
@@ -238,14 +239,32 @@ def train_and_export(job: Job, loop: TrainLoop, *, tokenizer: PreTrainedTokenize
         loop.sink.close()
 
 
-def log_where_and_next(job: Job, *, next_steps: Sequence[str] = ()) -> None:
-    """End the screen with where everything lies and what to try next."""
+def log_where_and_next(job: Job, model: nn.Module, *, next_steps: Sequence[str] = ()) -> None:
+    """End the screen with where everything lies, how the trained ``model`` is loaded, and what to try next."""
     folder = job.run_dir.path
-    lines = [f"the model: {folder / 'model'}"] if job.cfg.export.enabled else []
+    lines = []
+    if job.cfg.export.enabled:
+        lines += [f"the model: {folder / 'model'}", f"  in Python: {_how_to_load(model, folder / 'model')}"]
     lines += [f"metrics: {folder / 'metrics.jsonl'}", f"everything else: {folder}"]
     if next_steps:
         lines += ["next:", *(f"  {step}" for step in next_steps)]
     log.info("done\n%s", "\n".join(lines))
+
+
+def _how_to_load(model: nn.Module, folder: Path) -> str:
+    """Return the Python that loads ``folder``, which holds what was exported of ``model``."""
+    unwrapped = unwrap(model)
+    base = unwrapped.get_base_model() if is_peft_model(unwrapped) else unwrapped
+    is_classifier = type(base).__name__.endswith("ForSequenceClassification")
+    auto_class = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
+    options = ""
+    if is_peft_model(unwrapped):
+        auto_class = auto_class.replace("AutoModel", "AutoPeftModel")
+        options = f", num_labels={unwrapped.config.num_labels}" if is_classifier else ""
+    library = "peft" if is_peft_model(unwrapped) else "transformers"
+    return (
+        f"from {library} import {auto_class}; model = {auto_class}.from_pretrained({str(folder.resolve())!r}{options})"
+    )
 
 
 def _choose_start(job: Job, facts: dict[str, Any]) -> tuple[Path | None, int]:

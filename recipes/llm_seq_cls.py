@@ -61,7 +61,7 @@ def run(job: Job) -> None:
         resume_facts={"labels": list(train_rows.label_names)},
     )
     train_and_export(job, loop, tokenizer=tokenizer)
-    log_where_and_next(job)
+    log_where_and_next(job, model)
 
 
 def _load_rows(

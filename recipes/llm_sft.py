@@ -71,7 +71,7 @@ def run(job: Job) -> None:
     train_and_export(job, loop, tokenizer=tokenizer)
     if scores:
         _report(scores)
-    log_where_and_next(job, next_steps=_NEXT_AFTER_DEMO if source.name == "demo" else ())
+    log_where_and_next(job, model, next_steps=_NEXT_AFTER_DEMO if source.name == "demo" else ())
 
 
 def _packed_collator(job: Job, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> PackedCollator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -77,8 +78,11 @@ class WandbSink:
             write_whole(self._note, json.dumps(self._sent))
 
     def close(self) -> None:
-        """Finish the run."""
+        """Finish the run; of one that was kept offline, say where it is and how it is sent."""
         self._run.finish()
+        if self._note is not None:
+            starts = f"{shlex.quote(str(self._note.parent.resolve()))}/offline-run-*"
+            log.info("wandb: kept offline; send it with: wandb sync %s", starts)
 
     def _tell(self, step: int) -> None:
         if not self._told:
@@ -100,5 +104,5 @@ def _default_mode() -> str | None:
 
     if wandb.login(prompt=False, verify=False):
         return None
-    log.info("wandb: nobody is logged in, so the run is kept offline (wandb sync sends it later)")
+    log.info("wandb: nobody is logged in, so the run is kept offline")
     return "offline"

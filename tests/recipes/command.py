@@ -156,3 +156,11 @@ def wait_for_steps(run_dir: Path, num_steps: int) -> None:
 def numbers(record: dict[str, Any]) -> dict[str, Any]:
     """Return what must be the same whenever the same step is trained again."""
     return {key: record[key] for key in ("step", "epoch", "loss", "grad_norm", "lr", "num_label_tokens", "num_tokens")}
+
+
+def load_as_the_screen_says(run_dir: Path) -> Any:
+    """Run the line of Python that a finished run's last words give, and return the model that it loads."""
+    (line,) = [line for line in (run_dir / "train.log").read_text().splitlines() if "  in Python: " in line]
+    names: dict[str, Any] = {}
+    exec(line.partition("in Python: ")[2], names)
+    return names["model"]

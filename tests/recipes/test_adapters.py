@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from automodel.data.prepare import load_sft
 from automodel.data.sources import JsonlDataset
-from tests.recipes.command import command_line, records, run
+from tests.recipes.command import command_line, load_as_the_screen_says, records, run
 
 ONE = "one process"
 LAYOUTS = {
@@ -49,6 +49,10 @@ def test_every_step_is_the_same_as_in_one_process(runs, layout, alike):
         for one, other in zip(records(runs[alike], kind), records(runs[layout], kind), strict=True):
             for key in ("loss", "grad_norm") if kind == "train" else ("loss",):
                 assert other[key] == pytest.approx(one[key], rel=1e-5)
+
+
+def test_the_last_words_load_the_adapter(runs):
+    assert type(load_as_the_screen_says(runs[ONE])).__name__ == "PeftModelForCausalLM"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -289,7 +289,8 @@ def test_cfg_job_shows_the_configuration_and_runs_nothing(tmp_path):
 
 def test_wandb_is_kept_offline_and_a_broken_logger_stops_nothing(tmp_path):
     env = {"WANDB_API_KEY": "", "HOME": str(tmp_path), "WANDB_MODE": "offline"}
-    run(*FAST, "step_scheduler.max_steps=2", "logger=[jsonl,wandb]", f"output_dir={tmp_path}/run", **env)
+    output = run(*FAST, "step_scheduler.max_steps=2", "logger=[jsonl,wandb]", f"output_dir={tmp_path}/run", **env)
+    assert f"wandb sync {tmp_path}/run/wandb/offline-run-*" in output
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     output = run(*FAST, "step_scheduler.max_steps=2", "logger=[jsonl,wandb]", f"output_dir={tmp_path}/broken",
                  **env | {"WANDB_DIR": "/proc/none", "WANDB_MODE": "no-such-mode"})  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes.command import ROOT, command_line, records, run
+from tests.recipes.command import ROOT, command_line, load_as_the_screen_says, records, run
 
 
 def test_the_kinds_of_the_embedded_default_are_told_apart(tmp_path):
@@ -36,6 +36,17 @@ def test_real_rows_train_and_the_classifier_loads(shared_data: Path, stories: Pa
     )
     assert not any(report.values())
     assert set(model.config.label2id) == {str(n) for n in model.config.id2label.values()}
+
+
+def test_the_last_words_load_a_classifier_and_its_adapter(shared_data: Path, stories: Path, tmp_path):
+    for peft, name in (("none", "LlamaForSequenceClassification"), ("lora", "PeftModelForSequenceClassification")):
+        run(
+            "recipe=llm_seq_cls", "model=hf", f"model.pretrained_model_name_or_path={stories}", "dataset=jsonl",
+            f"dataset.path={shared_data}/seqcls/ag_news_train.jsonl", "dataset.limit=16", "step_scheduler.max_steps=1",
+            f"peft={peft}", f"output_dir={tmp_path}/{peft}",
+        )  # fmt: skip
+        model = load_as_the_screen_says(tmp_path / peft)
+        assert type(model).__name__ == name and model.config.num_labels == 4
 
 
 def test_recipes_stay_short_and_leave_the_loop_alone():
