@@ -149,7 +149,7 @@ def begin_to_train(run: Path, is_async: bool) -> None:
     model(input_ids=torch.arange(8).reshape(1, 8), use_cache=False).logits.float().square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
-    kept["state"] = TrainState(model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+    kept["state"] = TrainState(model, optimizer)
     kept["checkpointer"] = Checkpointer(run / "checkpoints", retention=Retention(1, None, None), is_async=is_async)
     gc.collect()
 

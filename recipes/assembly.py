@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel.checkpoint.export import export_model
@@ -170,11 +170,13 @@ def build_loop(
     resume_from, metrics_size = _choose_start(job, facts)
     rng = None
     if resume_from is not None:
-        saved, rng = load_checkpoint(resume_from, TrainState(model, optimizer, lr_scheduler))
+        saved, rng = load_checkpoint(resume_from, TrainState(model, optimizer))
         steps.step = saved["step"]
         loader.load_state_dict(saved["loader"])
         log.info("resumed from %s, at step %d", resume_from, steps.step)
-        _follow_new_end(lr_scheduler, steps=steps, ended_at=saved.get("total_steps", steps.total_steps))
+        for _ in range(steps.step):  # a schedule depends on the steps alone, so a changed one applies at once
+            lr_scheduler.step()
+        _tell_new_end(lr_scheduler, steps=steps, ended_at=saved.get("total_steps", steps.total_steps))
     _open_run(job, model=model, fingerprint=fingerprint, metrics_size=metrics_size, resumed_step=steps.step or None)
     loop = TrainLoop(
         model=model,
@@ -325,20 +327,13 @@ def _checkpointer(job: Job) -> Checkpointer | None:
     )
 
 
-def _follow_new_end(lr_scheduler: LRScheduler, *, steps: StepScheduler, ended_at: int) -> None:
-    """Where the run is to end at another step than before, take the next learning rate from the new schedule."""
-    if steps.total_steps == ended_at:
-        return
-    (before, *_) = lr_scheduler.get_last_lr()
-    if isinstance(lr_scheduler, LambdaLR):
-        lr_scheduler._last_lr = lr_scheduler.get_lr()
-        for group, lr in zip(lr_scheduler.optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = lr
-    log.info(
-        "the run now ends at step %d instead of %d, and the learning rate follows the schedule of %d steps from here "
-        "on: %.3e instead of %.3e at step %d",
-        steps.total_steps, ended_at, steps.total_steps, lr_scheduler.get_last_lr()[0], before, steps.step + 1,
-    )  # fmt: skip
+def _tell_new_end(lr_scheduler: LRScheduler, *, steps: StepScheduler, ended_at: int) -> None:
+    if steps.total_steps != ended_at:
+        log.info(
+            "the run now ends at step %d instead of %d; the learning rate follows the schedule of %d steps from here "
+            "on: %.3e at step %d",
+            steps.total_steps, ended_at, steps.total_steps, lr_scheduler.get_last_lr()[0], steps.step + 1,
+        )  # fmt: skip
 
 
 def _open_loggers(job: Job) -> MetricSink:

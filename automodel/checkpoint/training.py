@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
 import pickle
 import re
 import shutil
@@ -49,7 +51,6 @@ class TrainState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
 
 
 class Checkpointer:
@@ -206,12 +207,16 @@ class Checkpointer:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint under ``folder``, or None; says why it passes over a newer one.
+    """Return the complete checkpoint that ``folder/latest`` names, else the newest before it; None without any.
 
-    Every rank must call it, and reads its share of every checkpoint.
+    A higher step than that of ``latest`` belongs to a past that the run has left: it continued from an earlier
+    checkpoint and has saved since. The log says what is passed over and why. Every rank must call it, and reads its
+    share of every checkpoint.
     """
-    for candidate in reversed(run_on_main(lambda: _step_folders(folder))):
-        problem = damage_seen_by_all(candidate)
+    named, candidates = run_on_main(lambda: (_named_by_latest(folder), _step_folders(folder)))
+    for candidate in reversed(candidates):
+        problem = f"{folder / 'latest'} names {named}" if named is not None and candidate.name > named else None
+        problem = problem or damage_seen_by_all(candidate)
         if problem is None:
             return candidate
         if dist.get_rank() == 0:
@@ -229,6 +234,9 @@ def require_whole(folder: Path) -> None:
 def load_checkpoint(folder: Path, state: TrainState) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Put the state saved in ``folder``, a whole checkpoint, in place; every rank must call it.
 
+    The optimizer keeps the options that it was built with (learning rate, betas, fused, ...): they are the
+    configuration's, and an implementation that suits one layout may not run in another.
+
     Returns:
         (progress as saved, this rank's random state or None where it was saved on fewer ranks).
 
@@ -237,6 +245,7 @@ def load_checkpoint(folder: Path, state: TrainState) -> tuple[dict[str, Any], di
     """
     progress = read_progress(folder)
     app = _app_state(state)
+    options = _take_options(app["optimizer"], state.optimizer)
     own_rng = f"rng_{dist.get_rank()}"
     if dist.get_rank() < progress["world_size"]:
         app[own_rng] = b""
@@ -244,18 +253,14 @@ def load_checkpoint(folder: Path, state: TrainState) -> tuple[dict[str, Any], di
         dcp.load(app, checkpoint_id=folder)
     except dcp.api.CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
-        raise UserError(f"checkpoint.resume={folder} does not fit this model: {first}") from error
+        raise UserError(_misfit(folder, str(first))) from error
     set_state_dict(
         _named_model(state.model),
         state.optimizer,
         model_state_dict=app["model"],
-        optim_state_dict=app["optimizer"],
+        optim_state_dict=app["optimizer"] | options,
         options=_options(state.model),
     )
-    saved = app["lr_scheduler"]
-    for key in ("base_lrs", "_last_lr"):  # one for each parameter group, all alike; another layout may cut more groups
-        saved[key] = saved[key][:1] * len(state.optimizer.param_groups)
-    state.lr_scheduler.load_state_dict(saved)
     return progress, pickle.loads(app[own_rng]) if own_rng in app else None
 
 
@@ -271,6 +276,12 @@ def read_progress(folder: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint.resume={folder}: not a complete training checkpoint ({error})") from error
 
 
+def _named_by_latest(folder: Path) -> str | None:
+    """Return the name of the checkpoint saved last, which may have been deleted since."""
+    link = folder / "latest"
+    return os.readlink(link) if link.is_symlink() else None
+
+
 def _step_folders(folder: Path) -> list[Path]:
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted(path for path in found if _STEP_FOLDER.fullmatch(path.name))
@@ -281,10 +292,33 @@ def _app_state(state: TrainState) -> dict[str, Any]:
     for name, parameter in unwrap(state.model).named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
             model.pop(name, None)  # the second name of a tied weight, which torch does not know to be frozen
-    app = {"model": model, "optimizer": optimizer, "lr_scheduler": state.lr_scheduler.state_dict()}
+    app = {"model": model, "optimizer": optimizer}
     if is_megatron_fsdp(state.model):
         describe_uneven_shards(app)
     return app
+
+
+def _take_options(flat: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Remove from the flat state of ``optimizer`` the options of its groups, and return them.
+
+    What its constructor takes is an option, and so is the rate that a schedule begins at. Whatever else an optimizer
+    notes in its groups, such as the step count of a schedule-free one, is state.
+    """
+    taken = {*inspect.signature(type(optimizer)).parameters, "initial_lr"}
+    names = [key for key in flat if key.startswith("param_groups.") and key.rpartition(".")[2] in taken]
+    return {name: flat.pop(name) for name in names}
+
+
+def _misfit(folder: Path, error: str) -> str:
+    """Say in what a checkpoint does not fit, by torch's message."""
+    lacking = re.search(r"optimizer\.state\.(\S+)\.(\w+)", error)
+    if lacking:
+        return (
+            f"checkpoint.resume={folder} holds no {lacking[2]} of the optimizer: it was saved with another optimizer, "
+            "or with another option that decides what the optimizer keeps (momentum); put that back, or begin a new "
+            "run with another output_dir"
+        )
+    return f"checkpoint.resume={folder} does not fit this model: {error}"
 
 
 def _options(model: nn.Module) -> StateDictOptions:

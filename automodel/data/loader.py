@@ -129,6 +129,8 @@ class TrainLoader:
             collate_fn=self.collate,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
+            # Every new iterator draws a seed for its workers; dropout's generator must not be what gives it.
+            generator=seeded(self.seed, "workers", epoch),
         )
         batches = iter(loader)
         for rows in self.global_batches(epoch, start_step):

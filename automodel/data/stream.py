@@ -208,7 +208,8 @@ class StreamLoader:
     def _read(self) -> Iterator[Step]:
         if not self.num_workers:
             return self.stream.steps(self._state)
-        return iter(DataLoader(_Steps(self.stream, self._state), batch_size=None, num_workers=1))
+        generator = seeded(self.stream.seed, "workers")  # without one, the iterator draws from dropout's generator
+        return iter(DataLoader(_Steps(self.stream, self._state), batch_size=None, num_workers=1, generator=generator))
 
     def _shared(self, steps: Iterator[Step]) -> tuple[list[list[Item]], int, State, bool]:
         """Return this rank's micro-batches of the next step and what comes with them, as the node's reader says."""

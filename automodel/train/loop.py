@@ -238,7 +238,7 @@ class TrainLoop:
         place = {"step": self.steps.step, "loader": self.loader.state_dict(), "metrics_size": self.metrics_size()}
         measured_at, metrics = self._scores
         outcome = {"metrics": metrics if measured_at == self.steps.step else {}, "total_steps": self.steps.total_steps}
-        state = TrainState(self.model, self.optimizer, self.lr_scheduler)
+        state = TrainState(self.model, self.optimizer)
         self.checkpointer.save(state, progress=self.resume_facts | place | outcome, rng=rng_state())
 
 

@@ -36,8 +36,7 @@ class Training:
         self.model, layout, dp = parallel_model(strategy, model=model)
         self.optimizer = adamw(parameter_groups(self.model), lr=1e-2)
         layout.prepare_optimizer(self.optimizer, self.model)
-        schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
-        self.state = TrainState(self.model, self.optimizer, schedule)
+        self.state = TrainState(self.model, self.optimizer)
         loader = TrainLoader(uneven_rows(48), collate=CausalLMCollator(0), global_batch_size=8, local_batch_size=2,
                              dp_rank=dp.rank, dp_size=dp.size, seed=0)  # fmt: skip
         self.batches = iter(list(loader.steps_of(0)))

@@ -30,10 +30,12 @@ def steps(strategy: str, folder: str, *, first: int, last: int) -> tuple[list[fl
     optimizer = adamw(parameter_groups(model), lr=1e-2)
     layout.prepare_optimizer(optimizer, model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    state = TrainState(model, optimizer, schedule)
+    state = TrainState(model, optimizer)
     if first:
         progress, _ = load_checkpoint(Path(folder) / f"step_{first:08d}", state)
         assert progress["step"] == first
+        for _ in range(first):
+            schedule.step()
     loader = TrainLoader(uneven_rows(48), collate=CausalLMCollator(0), global_batch_size=8, local_batch_size=2,
                          dp_rank=dp.rank, dp_size=dp.size, seed=0)  # fmt: skip
     config = StepConfig(torch.device("cpu"), dp.group, True, 1.0, nullcontext)

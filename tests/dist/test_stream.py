@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from automodel.data.collate import CausalLMCollator, PackedCollator
@@ -104,6 +105,15 @@ def three_ranks():
     pool = RankPool(3)
     yield pool
     pool.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("kind", ["map-style", "stream"])
+def test_reading_rows_draws_nothing_from_the_generator_of_dropout(rows, kind, num_workers):
+    before = torch.get_rng_state()
+    num_steps = sum(1 for _ in make_loader(kind, rows, is_packed=False, num_workers=num_workers))
+    assert num_steps > 2 * (NUM_ROWS // BATCH)  # two epochs, each with an iterator of its own
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
