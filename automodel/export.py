@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from automodel.config.targets import check_target
+from automodel.config.targets import check_target, foreign_code
 from automodel.types import ExitStatus, UserError
 from automodel.verbs.command_line import OwnKey, VerbFailed, one_of, read_own_keys, run_verb
 
@@ -35,6 +35,7 @@ Keys
   export.merge=false       of a run with adapters: the whole model, with the adapters added to its weights
   export.max_shard_size=5GB   largest weight file (KB, MB, GB, TB)
   export.verify=true       load OUT and compare its logits with those of the checkpoint's weights, before OUT appears
+  export.trust_remote_code=false   run code that the run's config.yaml names: classes of one's own, or that of a hub id
 
 Memory: about one weight file is held at a time; with export.verify=true or export.merge=true, the whole model.
 Status 0: written; 1: failed, and there is no OUT; 2: wrong input."""
@@ -59,6 +60,7 @@ _KEYS = {
     "export.merge": OwnKey(False, _bool, "true or false"),
     "export.max_shard_size": OwnKey("5GB", _size, "a size such as 500MB or 5GB"),
     "export.verify": OwnKey(True, _bool, "true or false"),
+    "export.trust_remote_code": OwnKey(False, _bool, "true or false"),
 }
 
 
@@ -72,6 +74,7 @@ class Options:
     merge: bool
     max_shard_size: str
     verify: bool
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,8 +155,9 @@ def read_run(options: Options) -> Run:
     checkpoint, run_dir = options.checkpoint, options.checkpoint.parent.parent
     from automodel.checkpoint.manifest import damage
     from automodel.checkpoint.training import PROGRESS
+    from automodel.checkpoint.unpickling import hidden_code
 
-    problem = damage(checkpoint)
+    problem = damage(checkpoint) or hidden_code(checkpoint)
     if problem:
         hint = ""
         inside = sorted((checkpoint / "checkpoints").glob("step_*"))
@@ -168,8 +172,15 @@ def read_run(options: Options) -> Run:
         raise UserError(f"{run_dir / 'config.yaml'} says what model the checkpoint belongs to, but {what}") from error
     if options.merge and not peft:
         raise UserError(f"export.merge=true: the run in {run_dir} trained no adapters (peft=none); leave the key out")
-    problems = [line for name, section in (("model", model), ("peft", peft)) if section
-                for line in check_target(name, section)]  # fmt: skip
+    sections = [(name, section) for name, section in (("model", model), ("peft", peft)) if section]
+    problems = [
+        f"{line} runs code that is not automodel's own; if you trust who made this run, add "
+        "export.trust_remote_code=true"
+        for each in sections
+        for line in foreign_code(*each)
+        if not options.trust_remote_code
+    ]
+    problems = problems or [line for each in sections for line in check_target(*each)]
     if problems:
         raise UserError(*(f"{run_dir / 'config.yaml'}: {line}" for line in problems))
     progress = json.loads((checkpoint / PROGRESS).read_text())

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from automodel.checkpoint.unpickling import PlainPlanner, PlainReader
 
 _PREFIX = "model."
 
@@ -20,7 +21,7 @@ class WeightReader:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._reader = FileSystemReader(folder)
+        self._reader = PlainReader(folder)
         self._metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         entries = {
@@ -34,7 +35,7 @@ class WeightReader:
     def read(self, name: str) -> torch.Tensor:
         """Return the whole of one weight on the CPU, put together from the parts that the ranks saved."""
         tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
-        planner = DefaultLoadPlanner()
+        planner = PlainPlanner()
         planner.set_up_planner({_PREFIX + name: tensor}, self._metadata, is_coordinator=True)
         plan = self._reader.prepare_local_plan(planner.create_local_plan())
         (plan,) = planner.create_global_plan([plan])

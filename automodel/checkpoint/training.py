@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import pickle
 import re
 import shutil
 import threading
@@ -25,8 +24,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from automodel.checkpoint.manifest import damage_seen_by_all, seal, sync
 from automodel.checkpoint.retention import Retention
 from automodel.checkpoint.staging import HostCopy, num_bytes, share_of
+from automodel.checkpoint.unpickling import PlainPlanner, PlainReader, hidden_code, plain
 from automodel.distributed.megatron_fsdp import describe_uneven_shards
-from automodel.distributed.ordering import run_on_main
+from automodel.distributed.ordering import everywhere, on_every_rank, run_on_main
 from automodel.distributed.wrappers import is_megatron_fsdp, unwrap
 from automodel.logs import get_logger
 from automodel.types import RunError, UserError
@@ -94,7 +94,7 @@ class Checkpointer:
 
         Args:
             progress: small JSON facts: ``step``, the length of the metrics file, what decides the data's order.
-            rng: the state of this rank's random generators.
+            rng: the state of this rank's random generators, as JSON can hold it.
 
         Raises:
             SaveError: on every rank, as ``finish`` does.
@@ -107,12 +107,13 @@ class Checkpointer:
         size = num_bytes(app)
         self._look_for_metric(progress.get("metrics", {}))
         try:
+            app = everywhere(lambda: plain(app))
             run_on_main(lambda: self._make_room(_partial(final), size))
         except Exception as error:
             self._fail(final, error)
             return self.finish()
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        app = share_of(app, rank=rank, world_size=world_size) | {f"rng_{rank}": pickle.dumps(rng)}
+        app = share_of(app, rank=rank, world_size=world_size) | {f"rng_{rank}": json.dumps(rng)}
         if self.is_async:
             app = self._host_copy.make(app)
             waited_sec = time.monotonic() - started
@@ -216,7 +217,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     named, candidates = run_on_main(lambda: (_named_by_latest(folder), _step_folders(folder)))
     for candidate in reversed(candidates):
         problem = f"{folder / 'latest'} names {named}" if named is not None and candidate.name > named else None
-        problem = problem or damage_seen_by_all(candidate)
+        problem = problem or _problem_seen_by_all(candidate)
         if problem is None:
             return candidate
         if dist.get_rank() == 0:
@@ -225,10 +226,19 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def require_whole(folder: Path) -> None:
-    """Raise UserError on every rank where a checkpoint is incomplete or damaged; every rank must call it."""
-    problem = damage_seen_by_all(folder)
+    """Raise UserError on every rank if a checkpoint is incomplete, damaged or hides code; every rank must call it."""
+    problem = _problem_seen_by_all(folder)
     if problem:
         raise UserError(f"checkpoint.resume={folder}: {problem}")
+
+
+def _problem_seen_by_all(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint, the same on every rank; each reads its share."""
+    problem = damage_seen_by_all(folder)
+    if problem is not None:
+        return problem
+    found = on_every_rank(hidden_code(folder, share=(dist.get_rank(), dist.get_world_size())))
+    return next((each for each in found if each is not None), None)
 
 
 def load_checkpoint(folder: Path, state: TrainState) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -248,12 +258,17 @@ def load_checkpoint(folder: Path, state: TrainState) -> tuple[dict[str, Any], di
     options = _take_options(app["optimizer"], state.optimizer)
     own_rng = f"rng_{dist.get_rank()}"
     if dist.get_rank() < progress["world_size"]:
-        app[own_rng] = b""
+        app[own_rng] = ""
     try:
-        dcp.load(app, checkpoint_id=folder)
+        dcp.load(app, storage_reader=PlainReader(folder), planner=PlainPlanner())
     except dcp.api.CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
         raise UserError(_misfit(folder, str(first))) from error
+    if isinstance(app.get(own_rng), bytes):
+        raise UserError(
+            f"checkpoint.resume={folder} was written by an older version, with random states as a pickle, which could "
+            "run code and is not loaded: go on with that version, or make a model of it with python -m automodel.export"
+        )
     set_state_dict(
         _named_model(state.model),
         state.optimizer,
@@ -261,7 +276,7 @@ def load_checkpoint(folder: Path, state: TrainState) -> tuple[dict[str, Any], di
         optim_state_dict=app["optimizer"] | options,
         options=_options(state.model),
     )
-    return progress, pickle.loads(app[own_rng]) if own_rng in app else None
+    return progress, json.loads(app[own_rng]) if own_rng in app else None
 
 
 def read_progress(folder: Path) -> dict[str, Any]:

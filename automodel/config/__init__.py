@@ -24,7 +24,7 @@ from automodel.config.messages import pydantic_problems
 from automodel.config.names import nearest_key
 from automodel.config.record import masked, resolved_yaml
 from automodel.config.schema import Config
-from automodel.config.targets import check_target, is_ours
+from automodel.config.targets import check_launch_target, check_recipe, check_target, is_ours, targets_in
 from automodel.types import UserError
 
 __all__ = [
@@ -73,6 +73,8 @@ def validate(tree: dict[str, Any], env: Mapping[str, str]) -> tuple[Config | Non
     if not problems:
         theirs = [(name, section) for name, section in sections if not is_ours(section)]
         problems = [line for name, section in theirs for line in check_target(name, section)]
+    if not problems and config is not None:
+        problems = check_recipe(config.recipe.target) + check_launch_target(config.launch["_target_"])
     return config, problems
 
 
@@ -101,7 +103,8 @@ def _sections(tree: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     loggers = tree.get("logger")
     if isinstance(loggers, dict):
         found += [(f"logger.{name}", section) for name, section in loggers.items() if isinstance(section, dict)]
-    return found
+    inner = [each for name, section in found for each in targets_in(name, section) if each[0] != name]
+    return found + inner
 
 
 def _check_ours(name: str, section: dict[str, Any]) -> list[str]:

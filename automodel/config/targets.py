@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import sys
 import typing
+from collections.abc import Iterator
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
@@ -21,6 +23,52 @@ _HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 def is_ours(section: dict[str, Any]) -> bool:
     """Return whether the section's target is shipped, so that importing it is quick and free of torch."""
     return str(section.get("_target_", "")).startswith("automodel.")
+
+
+def targets_in(name: str, section: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (key, section) for ``section`` and all inside it that have a ``_target_``: Hydra builds each of them."""
+    if isinstance(section, list):
+        section = dict(enumerate(section))
+    if isinstance(section, dict):
+        if "_target_" in section:
+            yield name, section
+        for key, value in section.items():
+            yield from targets_in(f"{name}.{key}", value)
+
+
+def foreign_code(name: str, section: Any) -> list[str]:
+    """Return a line for each thing in a section, as it stands in a file, that would run code which is not ours."""
+    found = [f"{key}._target_={each['_target_']}" for key, each in targets_in(name, section) if not _is_shipped(each)]
+    if isinstance(section, dict) and section.get("trust_remote_code"):
+        found.append(f"{name}.trust_remote_code=true")
+    return found
+
+
+def check_recipe(path: str) -> list[str]:
+    """Return what is wrong with ``recipe._target_``; a shipped recipe, which needs torch, is not imported."""
+    if path.startswith("automodel.recipes.") and path.endswith(".run"):
+        try:
+            if find_spec(path.removesuffix(".run")) is not None:
+                return []
+        except ImportError:
+            pass
+        return [f"recipe._target_={path}: there is no such recipe"]
+    try:
+        target = _resolve(path)
+        inspect.signature(target).bind("job")
+    except (TypeError, ValueError):
+        return [f"recipe._target_={path} must be a function of one argument, the job: def run(job)"]
+    except Exception as error:
+        return [f"recipe._target_={path}: cannot be imported: {type(error).__name__}: {error}"]
+    return []
+
+
+def check_launch_target(path: str) -> list[str]:
+    """Return what is wrong with what ``launch._target_`` names beyond its keys."""
+    target = _resolve(path)
+    if isinstance(target, type) and (hasattr(target, "submit") or path == "automodel.launch.local.LocalLaunch"):
+        return []
+    return [f"launch._target_={path} must be a class with a method submit(submission)"]
 
 
 def check_target(name: str, section: dict[str, Any]) -> list[str]:
@@ -54,6 +102,16 @@ def check_target(name: str, section: dict[str, Any]) -> list[str]:
     return problems
 
 
+def _is_shipped(section: dict[str, Any]) -> bool:
+    """Return whether a target is our own, and not what one of our modules has imported."""
+    if not is_ours(section):
+        return False
+    try:
+        return str(_resolve(section["_target_"]).__module__).startswith("automodel.")
+    except Exception:
+        return True  # told by check_target, which does not import it either
+
+
 def _resolve(path: str) -> Any:
     module_name, _, attribute = path.rpartition(".")
     return getattr(import_module(module_name), attribute)
@@ -65,7 +123,10 @@ def _parameters(target: Any, *, is_partial: bool, has_plain_types: bool) -> dict
     A partial gets its positional arguments at run time, so that only keyword-only ones are configured in ours,
     and all but the first in a user's.
     """
-    parameters = list(inspect.signature(target).parameters.values())
+    try:
+        parameters = list(inspect.signature(target).parameters.values())
+    except ValueError:  # some that are written in C do not say theirs
+        return None
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
     if is_partial:

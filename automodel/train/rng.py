@@ -27,21 +27,33 @@ def make_deterministic() -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """Return the state of every generator of this rank, as plain objects and tensors."""
+    """Return the state of every generator of this rank, as JSON can hold it."""
+    version, words, next_gauss = random.getstate()
+    kind, keys, *place = np.random.get_state()
     state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
+        "python": [version, list(words), next_gauss],
+        "numpy": [kind, keys.tolist(), *place],
+        "torch": _as_text(torch.get_rng_state()),
     }
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+        state["cuda"] = _as_text(torch.cuda.get_rng_state())
     return state
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
     """Put back what ``rng_state`` returned."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
+    version, words, next_gauss = state["python"]
+    random.setstate((version, tuple(words), next_gauss))
+    kind, keys, *place = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *place))
+    torch.set_rng_state(_from_text(state["torch"]))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+        torch.cuda.set_rng_state(_from_text(state["cuda"]))
+
+
+def _as_text(state: torch.Tensor) -> str:
+    return state.numpy().tobytes().hex()
+
+
+def _from_text(text: str) -> torch.Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)

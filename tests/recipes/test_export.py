@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 
 from automodel.export import main
@@ -268,6 +269,32 @@ def test_what_is_wrong_is_told_in_words(places, tmp_path, capsys, name):
     told = capsys.readouterr().err
     assert words.format(out=tmp_path / "out", **places) in told and told.startswith("error: ")
     assert "Traceback" not in told and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"_target_": "os.system", "command": "touch executed"}, "model._target_=os.system"),
+        ({"_target_": "automodel.models.demo.dataclass"}, "model._target_=automodel.models.demo.dataclass"),
+        (
+            {"config": {"model_type": {"_target_": "os.system", "command": "touch executed"}}},
+            "model.config.model_type._target_=os.system",
+        ),
+        ({"trust_remote_code": True}, "model.trust_remote_code=true"),
+    ],
+)
+def test_code_that_somebody_elses_run_names_is_not_run(runs, tmp_path, monkeypatch, capsys, changes, told):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(runs("tied"), tmp_path / "run", symlinks=True)
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    config["model"] |= changes
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    assert export("run/checkpoints/latest", "out") == 2
+    words = capsys.readouterr().err
+    assert f"config.yaml: {told} runs code that is not automodel's own" in words
+    assert "export.trust_remote_code=true" in words and not (tmp_path / "executed").exists()
+    if "trust_remote_code" in changes:
+        assert export("run/checkpoints/latest", "out", "export.trust_remote_code=true") == 0
 
 
 def test_every_problem_of_a_command_line_is_told_at_once(places, tmp_path, capsys):
