@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -209,6 +210,8 @@ def export(options: Options, run: Run) -> None:
     with appearing_whole(options.out) as partial:
         write(partial, trained, options=options)
         trained.tokenizer.save_pretrained(partial)
+        if (settings := run.tokenizer_dir / "generation_config.json").is_file():
+            shutil.copy(settings, partial)
     how = "and verified" if options.verify else "but not verified (export.verify=false)"
     get_logger("automodel.export").info("%s is written %s", options.out, how)
 

@@ -146,6 +146,7 @@ def _table(data: SFTData) -> Table:
         "tokens": [f"{c.stats.lengths.sum():,}" for c in columns],
         **{f"tokens a row, {name}": [f"{of(c.stats.lengths):,.0f}" for c in columns] for name, of in quantile.items()},
         "supervised tokens": [_of(c.stats.num_supervised.sum(), c.stats.lengths.sum()) for c in columns],
+        "rows whose tokens were compared with their text": [f"{c.proof.num_rows:,}" for c in columns],
         "teach to end an answer": [_of(c.stats.has_end.sum(), len(c.stats.has_end)) for c in columns],
     }
     if data.train_set is not None and data.pack_length is not None:

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from automodel.checkpoint.export import export_model
+from automodel.checkpoint.export import export_model, write_generation_settings
 from automodel.checkpoint.retention import Retention
 from automodel.checkpoint.room import expected_bytes, warn_of_little_room
 from automodel.checkpoint.training import (
@@ -213,8 +213,13 @@ def build_loop(
 def train_and_export(job: Job, loop: TrainLoop, *, tokenizer: PreTrainedTokenizerBase) -> None:
     """Run ``loop`` to its end and write ``tokenizer/`` before it, ``model/`` after it; every rank must call it."""
     unsaved: SaveError | None = None
+
+    def write_tokenizer() -> None:  # what a checkpoint is exported with
+        tokenizer.save_pretrained(job.run_dir.tokenizer_dir)
+        write_generation_settings(unwrap(loop.model), job.run_dir.tokenizer_dir)
+
     try:
-        run_on_main(lambda: tokenizer.save_pretrained(job.run_dir.tokenizer_dir))  # what a checkpoint is exported with
+        run_on_main(write_tokenizer)
         if loop.steps.is_last_step:
             log.info("nothing to train: step %d is the last", loop.steps.step)
         try:

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 
 from automodel.data.collate import CausalLMCollator, PackedCollator
 from automodel.data.loader import ValidationBatches
-from automodel.data.rows import SFTRows
 from automodel.data.train_set import TrainSet
 from automodel.distributed.mesh import dp_eval_sample_shard
 from automodel.distributed.ordering import everywhere
@@ -21,10 +20,10 @@ from automodel.eval.generation import GenerationEvaluation, GenerationScores
 from automodel.eval.validation import Validation, measure_loss, validate
 from automodel.logs import get_logger
 from automodel.losses.cross_entropy import forward_logits
-from automodel.models.hf import pad_token_id
+from automodel.models.hf import pad_token_id, stop_at
 from automodel.models.isolation import require_isolation
 from automodel.recipes.assembly import Job, as_text, build, build_loop, log_where_and_next, train_and_export
-from automodel.recipes.training_data import prepare_sft_data
+from automodel.recipes.training_data import SFTData, prepare_sft_data
 from automodel.train.loop import Evaluator
 from automodel.types import UserError
 
@@ -46,6 +45,7 @@ def run(job: Job) -> None:
     tokenizer = job.load_tokenizer(source)
     data = prepare_sft_data(job, source, tokenizer)
     model = job.build_model(source, tokenizer, task="CAUSAL_LM")
+    stop_at(unwrap(model), tokenizer, data.stops.ids)
 
     loss_fn = build(cfg.loss_fn)
     collate = CausalLMCollator(pad_token_id(tokenizer), job.strategy.length_multiple)
@@ -53,7 +53,7 @@ def run(job: Job) -> None:
     scores: list[GenerationScores] = []
     evaluators: list[Evaluator] = []
     if data.validation is not None:
-        evaluator = _Evaluator(job, model, tokenizer, rows=data.validation, collate=collate, loss_fn=loss_fn)
+        evaluator = _Evaluator(job, model, tokenizer, data=data, collate=collate, loss_fn=loss_fn)
         evaluators.append(Evaluator("validation", lambda: evaluator.run(scores)))
     loop = build_loop(
         job,
@@ -121,16 +121,16 @@ class _Evaluator:
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        rows: SFTRows,
+        data: SFTData,
         collate: CausalLMCollator,
         loss_fn: Any,
     ) -> None:
-        self.job, self.model, self.tokenizer, self.rows = job, model, tokenizer, rows
+        self.job, self.model, self.tokenizer, self.data = job, model, tokenizer, data
         self.generation: GenerationEvaluation | None = build(job.cfg.evaluation)
         self.validation = Validation(
             "validation",
             batches=ValidationBatches(
-                rows.examples,
+                data.validation.examples,
                 collate=collate,
                 batch_size=job.cfg.step_scheduler.local_batch_size,
                 dp_rank=job.dp.rank,
@@ -151,10 +151,11 @@ class _Evaluator:
             self.generation.run(
                 self.model,
                 self.tokenizer,
-                prompts=self.rows.prompts,
+                prompts=self.data.validation.prompts,
                 sample_shard=dp_eval_sample_shard(job.strategy, job.dp.rank, job.dp.size),
                 device=job.dist_info.device,
                 dp_group=job.dp.group,
+                stops=self.data.stops,
             )
         )
         return record | scores[-1].metrics()

@@ -18,6 +18,7 @@ from automodel.data.prepare import load_sft
 from automodel.data.preparers import SFTPreparer, choose_first, set_template, tell_skipped
 from automodel.data.rows import SFTRows
 from automodel.data.sources import shorter
+from automodel.data.stops import Stops
 from automodel.data.stream import Stream, StreamLoader
 from automodel.data.train_set import TrainSet, build_train_set
 from automodel.distributed.first_rank import FirstRankPerNode, node_group
@@ -49,6 +50,10 @@ class SFTData:
     pack_length: int | None
 
     @property
+    def _sets(self) -> list[SFTRows]:
+        return [*self.sources.values(), *([self.validation] if self.validation is not None else [])]
+
+    @property
     def fingerprint(self) -> str:
         if self.train_set is not None:
             return self.train_set.fingerprint
@@ -57,12 +62,18 @@ class SFTData:
         return hash_of(facts)[:16]
 
     @property
+    def stops(self) -> Stops:
+        """The ends of answers that the rows supervise."""
+        return Stops.union(rows.stops for rows in self._sets)
+
+    @property
     def num_rows(self) -> int | None:
         return None if self.train_set is None else self.train_set.num_drawn
 
     def problems(self) -> list[Problem]:
         """Return what would train wrongly."""
-        return [line for rows in self.sources.values() for line in data_problems(rows, self.validation)]
+        found = [line for rows in self.sources.values() for line in data_problems(rows, self.validation)]
+        return found + [Problem(line, is_sure=True) for rows in self._sets for line in rows.proof.differences]
 
     def loader(self, job: Job, collate: Collate) -> Loader:
         """Return the loader of this rank; every rank must call it."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from automodel.checkpoint.verification import probe, verify
 from automodel.distributed.megatron_fsdp import full_state_dict
@@ -53,6 +54,7 @@ def export_model(
         with appearing_whole(folder) as partial:
             if has_adapter:
                 unwrapped.save_pretrained(partial, state_dict=weights, save_embedding_layers=False)
+                write_generation_settings(unwrapped, partial)
             else:
                 for alias in unwrapped.all_tied_weights_keys:
                     weights.pop(alias, None)
@@ -63,6 +65,12 @@ def export_model(
                 verify(partial, unwrapped, expected=expected, load_base=load_base)
 
     run_on_main(write)
+
+
+def write_generation_settings(model: nn.Module, folder: Path) -> None:
+    """Write where generation stops, with the model's other settings for it; of a classifier, nothing."""
+    if model.can_generate():
+        model.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
 
 
 @contextmanager

@@ -17,12 +17,13 @@ from automodel.data.formats import RowFormat
 from automodel.data.preparers import BadRows, Prepared, PrepareOptions, ReadRow, choose_first
 from automodel.data.readers import BadRow
 from automodel.data.rows import RowCounts
+from automodel.data.stops import Stops
 from automodel.screen import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PREPARED_AS = 1
+_PREPARED_AS = 2
 """Raised when what is written to the cache changes, so that older folders are not taken for it."""
 _CHUNK = 256
 """Rows that a process prepares at a time."""
@@ -57,6 +58,7 @@ class Builder:
         self.source, self.options, self.folder, self.columns = source, options, folder, columns
         self.counts = RowCounts()
         self.bad_rows = BadRows(options.on_bad_row, self.counts)
+        self.stops = Stops()
         self.hash = hashlib.sha256(_canonical(deciding(options)))
 
     def build(self, prepare: Callable[[RowFormat], Any], *, is_classification: bool) -> None:
@@ -90,6 +92,7 @@ class Builder:
             "format": row_format.name if row_format is not None else "",
             "fingerprint": self.hash.hexdigest()[:16],
             "has_weights": has_weights,
+            "stops": {"ids": sorted(self.stops.ids), "texts": sorted(self.stops.texts)},
             "counts": dataclasses.asdict(self.counts),
         }
         (self.folder / "meta.json").write_text(json.dumps(meta))
@@ -129,6 +132,9 @@ class Builder:
             self.counts.num_dropped += 1
             self.counts.num_unsupervised += not prepared.is_too_long
             return None
+        self.stops = Stops.union([self.stops, prepared.stops])
+        for note in prepared.notes:
+            self.counts.notes[note] = self.counts.notes.get(note, 0) + 1
         self.counts.num_truncated += prepared.is_truncated
         self.counts.num_label_tokens += prepared.record["num_supervised"]
         return prepared.record

@@ -1,95 +1,36 @@
-"""Choose a chat template, and tokenise a conversation with what the assistant wrote supervised."""
+"""Tokenise a conversation with what the assistant wrote supervised."""
 
 from __future__ import annotations
 
+import json
 import re
-from pathlib import Path
+from bisect import bisect_left
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from automodel.data.encode import Tokens, require_eos, special_tokens, tokenize_template, tokenize_text
+from automodel.data.encode import (
+    QUOTE_CLOSE,
+    QUOTE_OPEN,
+    Encoded,
+    Tokens,
+    added_ids,
+    encode,
+    require_eos,
+    special_tokens,
+)
 from automodel.data.formats import Messages
+from automodel.data.markers import THOUGHT_KEYS
 from automodel.data.readers import BadRow
-from automodel.data.spans import render_spans
-from automodel.logs import get_logger
-from automodel.types import UserError
+from automodel.data.spans import CannotRender, Rendering, Span, render_spans
+from automodel.data.turns import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-log = get_logger(__name__)
+THOUGHTS_LEFT_OUT = "the chat template leaves out thoughts of earlier messages, which it writes only where none follows"
+JOINED = "one token holds the end of the prompt and the beginning of the answer; it is trained on, and generated"
 
-BUILT_IN_TEMPLATES = {
-    "chatml": (
-        "{%- for message in messages -%}"
-        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-        "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
-    ),
-    "llama3": (
-        "{{- bos_token -}}"
-        "{%- for message in messages -%}"
-        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
-        "{{ message['content'] | trim + '<|eot_id|>' }}"
-        "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif -%}"
-    ),
-    # There is no role for the system: what it says opens the first turn of the user.
-    "gemma": (
-        "{{- bos_token -}}"
-        "{%- set said = namespace(system='') -%}"
-        "{%- for message in messages -%}"
-        "{%- if message['role'] == 'system' -%}"
-        "{%- set said.system = said.system + message['content'] | trim + '\n\n' -%}"
-        "{%- else -%}"
-        "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' }}"
-        "{{ said.system + message['content'] | trim + '<end_of_turn>\n' }}"
-        "{%- set said.system = '' -%}"
-        "{%- endif -%}"
-        "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
-    ),
-    "alpaca": (
-        "{{- bos_token -}}"
-        "{%- if messages[0]['role'] != 'system' -%}"
-        "{{ 'Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request.\n\n' }}"
-        "{%- endif -%}"
-        "{%- for message in messages -%}"
-        "{%- if message['role'] == 'system' -%}{{ message['content'] + '\n\n' }}"
-        "{%- elif message['role'] == 'user' -%}{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
-        "{%- elif message['role'] == 'assistant' -%}"
-        "{{ '### Response:\n' + message['content'] + eos_token + '\n\n' }}"
-        "{%- endif -%}"
-        "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{ '### Response:\n' }}{%- endif -%}"
-    ),
-}
-"""Templates by name. The built-in ones know no tool calls: a row with some is refused."""
-
-_END_MARKS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
-
-# Noncharacters, which Unicode keeps for a program's own use: they bracket a special token's text in a user's
-# message, so that it can be told from the tokens that the template writes.
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _KEPT_FOR_MARKERS = re.compile("[\ufdd0-\ufdd4]")
-
-
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> None:
-    """Give ``tokenizer`` the template chosen: a built-in name, a jinja file, or with None its own.
-
-    A tokenizer without one gets ``chatml``, and a line says so. The template travels with the export.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    if choice is None:
-        if tokenizer.chat_template is None:
-            log.info("the tokenizer has no chat template: chatml is used (dataset.chat_template chooses another)")
-            tokenizer.chat_template = _built_in("chatml", tokenizer)
-    elif choice in BUILT_IN_TEMPLATES:
-        tokenizer.chat_template = _built_in(choice, tokenizer)
-    else:
-        tokenizer.chat_template = _read_template(Path(choice).expanduser())
 
 
 def tokenize_messages(
@@ -97,9 +38,9 @@ def tokenize_messages(
 ) -> Tokens:
     """Tokenise the rendered conversation; what the assistant wrote, with its end of turn, is supervised.
 
-    The text is cut where the assistant's turns begin and end and each piece is tokenised alone, so that no
-    token spans a border. A special token written by the template is that token; in a message it stays text.
-    Where the template ends the last turn with nothing, eos follows it: else nothing would teach when to stop.
+    The text is tokenised in one piece, and a token is supervised if it holds a character that is. A special token
+    written by the template is that token; in a message it stays text. Where the template ends the last turn with
+    nothing, eos follows it: else nothing would teach when to stop.
 
     Args:
         supervise: ``last`` leaves only the last of the assistant's messages that has a weight.
@@ -111,57 +52,141 @@ def tokenize_messages(
     marked = Messages(_mark(row.turns, specials), _mark(row.tools, specials))
     weights = _message_weights(row)
     others = [i for i, turn in enumerate(row.turns) if turn["role"] != "assistant" and weights[i]]
-    text, spans = render_spans(tokenizer, marked, also=others, specials=specials)
+    rendering = _render_in_some_form(tokenizer, marked, also=others, specials=specials)
     answers = [i for i, turn in enumerate(row.turns) if turn["role"] == "assistant"]
     if supervise == "last":
         last = max((i for i in answers if weights[i]), default=None)
         weights = [weight if i == last else 0.0 for i, weight in enumerate(weights)]
-    tokens = Tokens([], [], 0)
-    position = 0
-    for span in spans:
-        weight = weights[span.message]
-        tokens = _extended(tokens, _piece_ids(tokenizer, text[position : span.start]), weight=0.0)
-        if weight:
-            tokens = tokens._replace(num_prompt=len(tokens.ids))
-        tokens = _extended(tokens, _piece_ids(tokenizer, text[span.start : span.end]), weight=weight)
-        needs_eos = span.message == answers[-1] and not span.has_end
-        if needs_eos:
-            tokens = _extended(tokens, [require_eos(tokenizer)], weight=weight)
-        if weight and (span.has_end or needs_eos):
-            tokens = tokens._replace(end=len(tokens.ids) - 1)
-        position = span.end
-    return _extended(tokens, _piece_ids(tokenizer, text[position:]), weight=0.0)
+    text, spans = _with_eos(tokenizer, rendering, answers[-1])
+    text, spans, quoted = _unquoted(text, spans, specials)
+    borders = [border for span in spans for border in (span.start, span.end)]
+    encoded = encode(tokenizer, text, quoted=quoted, borders=borders)
+    weighted = [(span, weights[span.message]) for span in spans if weights[span.message]]
+    tokens = _supervised(tokenizer, encoded, weighted, row)
+    return tokens._replace(
+        notes=tokens.notes + ((THOUGHTS_LEFT_OUT,) if rendering.left_out else ()),
+        text=text,
+        spans=tuple((span.start, span.end) for span, _ in weighted),
+        quoted=tuple(quoted),
+    )
+
+
+def _supervised(
+    tokenizer: PreTrainedTokenizerBase, encoded: Encoded, spans: list[tuple[Span, float]], row: Messages
+) -> Tokens:
+    """Give each token the weight of the span that it holds a character of."""
+    weights = [0.0] * len(encoded.ids)
+    num_prompt, last, ends, end_texts, is_joined = 0, None, [], [], False
+    for span, weight in spans:
+        first, stop = encoded.tokens_of(span.start, span.end)
+        weights[first:stop] = [max(weight, each) for each in weights[first:stop]]
+        if span.message != last:
+            num_prompt, last = first, span.message
+        is_joined |= encoded.starts[first] < span.start
+        if span.end_text:
+            ends.append(stop - 1)
+            if encoded.ids[stop - 1] not in added_ids(tokenizer) and not row.turns[last].get("tool_calls"):
+                end_texts.append(span.end_text)
+    notes = (JOINED,) if is_joined else ()
+    return Tokens(encoded.ids, weights, num_prompt, tuple(ends), tuple(dict.fromkeys(end_texts)), notes)
+
+
+def _render_in_some_form(tokenizer: PreTrainedTokenizerBase, row: Messages, **options: Any) -> Rendering:
+    """Render the row in the first of the forms that templates expect which this one writes as a whole."""
+    problem: BadRow | None = None
+    for form in _forms(row, tokenizer.get_chat_template(tools=row.tools)):
+        try:
+            return render_spans(tokenizer, form, **options)
+        except BadRow as error:
+            # What raises may have been given a form that is not meant for it: the other form's problem says more.
+            problem = error if problem is None or not isinstance(error, CannotRender) else problem
+    raise problem
+
+
+def _forms(row: Messages, template: str) -> Iterator[Messages]:
+    """Yield the row as templates may expect it: thoughts by their several names; arguments as text, or as objects."""
+    given = {key for turn in row.turns for key in THOUGHT_KEYS if turn.get(key)}
+    read = [key for key in THOUGHT_KEYS if re.search(rf"[.'\"]{key}\b", template)]
+    names = sorted(read, key=lambda key: key not in given) or sorted(given)
+    for name in names if given else [None]:
+        turns = row.turns if name is None else [_with_thought(turn, name) for turn in row.turns]
+        if any(isinstance(call["function"]["arguments"], str) for turn in turns for call in _calls(turn)):
+            yield row._replace(turns=turns)
+            turns = [_with_objects(turn) for turn in turns]
+        yield row._replace(turns=turns)
+
+
+def _with_thought(turn: Turn, name: str) -> Turn:
+    thoughts = {turn[key] for key in THOUGHT_KEYS if turn.get(key)}
+    if not thoughts:
+        return turn
+    if len(thoughts) > 1:
+        raise BadRow(f"a message holds different thoughts under {' and '.join(k for k in THOUGHT_KEYS if turn.get(k))}")
+    return {key: value for key, value in turn.items() if key not in THOUGHT_KEYS} | {name: thoughts.pop()}
+
+
+def _with_objects(turn: Turn) -> Turn:
+    """Return the turn with the arguments of its calls as objects; numbers keep their values, not their spelling."""
+    if not _calls(turn):
+        return turn
+    calls = []
+    for call in _calls(turn):
+        arguments = call["function"]["arguments"]
+        function = call["function"] | {"arguments": json.loads(arguments) if isinstance(arguments, str) else arguments}
+        calls.append(call | {"function": function})
+    return turn | {"tool_calls": calls}
+
+
+def _calls(turn: Turn) -> list[Any]:
+    return turn.get("tool_calls") or []
+
+
+def _with_eos(tokenizer: PreTrainedTokenizerBase, rendering: Rendering, last: int) -> tuple[str, list[Span]]:
+    """Put eos after message ``last`` where the template ends it with nothing."""
+    text, spans = rendering.text, rendering.spans
+    number = max((number for number, span in enumerate(spans) if span.message == last), default=None)
+    if number is None or spans[number].end_text:
+        return text, spans
+    require_eos(tokenizer)
+    eos, end = tokenizer.eos_token, spans[number].end
+    spans = [
+        span._replace(start=span.start + len(eos), end=span.end + len(eos)) if span.start >= end else span
+        for span in spans
+    ]
+    spans[number] = spans[number]._replace(end=end + len(eos), end_text=eos)
+    return text[:end] + eos + text[end:], spans
+
+
+def _unquoted(text: str, spans: list[Span], specials: list[str]) -> tuple[str, list[Span], list[tuple[int, int]]]:
+    """Take the brackets out of ``text``; also return the spans moved with it, and what was in brackets."""
+    if QUOTE_OPEN not in text and QUOTE_CLOSE not in text:
+        return text, spans, []
+    # A template may cut a message within a token's text: what has lost one of its brackets counts as the template's.
+    names = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))
+    pieces, quoted, removed, length, position = [], [], [], 0, 0
+    for found in re.finditer(f"{QUOTE_OPEN}({names}){QUOTE_CLOSE}|[{QUOTE_OPEN}{QUOTE_CLOSE}]", text):
+        pieces += [text[position : found.start()], found.group(1) or ""]
+        length += len(pieces[-2])
+        if found.group(1):
+            quoted.append((length, length + len(found.group(1))))
+            removed.append(found.end() - 1)
+        removed.append(found.start())
+        length += len(pieces[-1])
+        position = found.end()
+    removed.sort()
+    moved = [
+        span._replace(
+            start=span.start - bisect_left(removed, span.start), end=span.end - bisect_left(removed, span.end)
+        )
+        for span in spans
+    ]
+    return "".join([*pieces, text[position:]]), moved, quoted
 
 
 def _message_weights(row: Messages) -> list[float]:
     usual = [float(turn["role"] == "assistant") for turn in row.turns]
     given = row.weights or [None] * len(row.turns)
     return [weight if own is None else own for own, weight in zip(given, usual, strict=True)]
-
-
-def _built_in(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a built-in template whose turns end with a token that this tokenizer has.
-
-    Spelt out in ordinary tokens, an end mark would be learnt as text, and generation would not stop at it.
-    """
-    template = BUILT_IN_TEMPLATES[name]
-    if tokenizer.eos_token is None:
-        return template
-    for mark in _END_MARKS:
-        if mark not in tokenizer.get_vocab():
-            template = template.replace(mark, tokenizer.eos_token)
-    return template
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        built_in = ", ".join(BUILT_IN_TEMPLATES)
-        raise UserError(
-            f"dataset.chat_template={path} cannot be read ({reason}); give a jinja file, or a built-in name: {built_in}"
-        ) from error
 
 
 def _mark(value: Any, specials: list[str]) -> Any:
@@ -176,16 +201,4 @@ def _mark(value: Any, specials: list[str]) -> Any:
         raise BadRow("holds U+FDD0 to U+FDD4, which are not characters")
     # Longer ones first: one special token may begin with another.
     found = sorted((token for token in specials if token in value), key=len, reverse=True)
-    return re.sub("|".join(map(re.escape, found)), f"{_OPEN}\\g<0>{_CLOSE}", value) if found else value
-
-
-def _piece_ids(tokenizer: PreTrainedTokenizerBase, piece: str) -> list[int]:
-    ids: list[int] = []
-    for number, part in enumerate(re.split(f"{_OPEN}(.*?){_CLOSE}", piece, flags=re.DOTALL)):
-        if part:  # re.split puts what was bracketed at the odd places
-            ids += tokenize_text(tokenizer, part) if number % 2 else tokenize_template(tokenizer, part)
-    return ids
-
-
-def _extended(tokens: Tokens, ids: list[int], *, weight: float) -> Tokens:
-    return tokens._replace(ids=tokens.ids + ids, weights=tokens.weights + [weight] * len(ids))
+    return re.sub("|".join(map(re.escape, found)), f"{QUOTE_OPEN}\\g<0>{QUOTE_CLOSE}", value) if found else value

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from automodel.data.build import Builder, Source, facts_of
 from automodel.data.cache import build_once
 from automodel.data.formats import RowFormat
-from automodel.data.preparers import ClassificationPreparer, PrepareOptions, SFTPreparer, set_template
+from automodel.data.preparers import ClassificationPreparer, PrepareOptions, SFTPreparer, choose_first, set_template
+from automodel.data.proof import PROVED_ROWS, Proof, prove
+from automodel.data.readers import BadRow
 from automodel.data.rows import ClassificationRows, Prompts, RowCounts, RowStats, SFTRows
+from automodel.data.stops import Stops
 from automodel.data.tokenize import require_eos
-from automodel.logs import get_logger
+from automodel.logs import get_logger, warn_for_all
 from automodel.types import UserError
 
 if TYPE_CHECKING:
@@ -57,7 +62,26 @@ def load_sft(
     names = ["input_ids", "labels"] + (["loss_weights"] if meta["has_weights"] else [])
     prompts = table.select_columns(["prompt_ids", "answer", "question", "kind"]) if keeps_prompts else []
     examples = table.select_columns(names)
-    return SFTRows(name, examples, Prompts(prompts), meta["fingerprint"], counts, stats, meta["format"])
+    stops = Stops(**{kind: frozenset(ends) for kind, ends in meta["stops"].items()})
+    return SFTRows(
+        name, examples, Prompts(prompts), meta["fingerprint"], counts, stats, meta["format"], stops,
+        _prove(source, tokenizer, options),
+    )  # fmt: skip
+
+
+def _prove(source: Source, tokenizer: PreTrainedTokenizerBase, options: PrepareOptions) -> Proof:
+    """Compare the first rows, read again, with their texts: also where they come from the cache."""
+    row_format = choose_first(source.rows(is_classification=False), options, is_classification=False)
+
+    def shapes() -> Iterator[tuple[str, Any]]:
+        for place, fields in islice(
+            source.rows(is_classification=False), min(PROVED_ROWS, options.limit or PROVED_ROWS)
+        ):
+            if not isinstance(fields, BadRow):
+                with suppress(BadRow):
+                    yield place, row_format.read(fields)
+
+    return prove(tokenizer, shapes(), supervise=options.supervise)
 
 
 def load_classification(
@@ -136,6 +160,8 @@ def _log_counts(name: str, options: PrepareOptions, counts: RowCounts) -> None:
         name, counts.num_rows_read, counts.num_truncated, options.max_length, counts.num_dropped,
         counts.num_label_tokens,
     )  # fmt: skip
+    for note, num_rows in counts.notes.items():
+        warn_for_all(log, "%s: in %d rows %s", name, num_rows, note)
 
 
 def _sorted_labels(labels: set[str]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from automodel.data.chat import set_chat_template
+from automodel.data.encode import added_ids
 from automodel.data.formats import (
     FormatName,
     Messages,
@@ -21,6 +21,8 @@ from automodel.data.formats import (
 )
 from automodel.data.readers import MAX_PROBLEMS, BadRow, Row, raise_problems
 from automodel.data.rows import RowCounts, renders_with_template
+from automodel.data.stops import Stops
+from automodel.data.templates import set_chat_template
 from automodel.data.tokenize import Supervise, Tokens, Truncation, cut, shifted_example, tokenize_input, tokenize_shape
 from automodel.logs import get_logger, warn_for_all
 from automodel.types import IGNORE_INDEX, UserError
@@ -46,17 +48,25 @@ class PrepareOptions:
     format: FormatName = "auto"
     columns: Mapping[str, str | None] = field(default_factory=dict)
     chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     supervise: Supervise = "all"
     on_bad_row: OnBadRow = "stop"
     num_proc: int | None = None
 
 
 class Prepared(NamedTuple):
-    """What a row became: its example with all that is kept of it, or why it was dropped."""
+    """What a row became: its example with all that is kept of it, or why it was dropped.
+
+    Attributes:
+        notes: what the user should know, which is counted over the rows.
+        stops: the ends that its example supervises.
+    """
 
     record: dict[str, Any] | None
     is_truncated: bool = False
     is_too_long: bool = False
+    notes: tuple[str, ...] = ()
+    stops: Stops = Stops()
 
 
 @dataclass(frozen=True)
@@ -85,8 +95,11 @@ class SFTPreparer:
         }
         record.setdefault("loss_weights", [])
         if self.keeps_prompts:
-            record |= _prompt(shape, tokens, max_length=self.options.max_length)
-        return Prepared(record, is_truncated=len(short.ids) < len(tokens.ids))
+            record |= _prompt(self.tokenizer, shape, tokens, max_length=self.options.max_length)
+        stops = Stops(
+            frozenset(short.ids[end] for end in short.ends) & added_ids(self.tokenizer), frozenset(short.end_texts)
+        )
+        return Prepared(record, is_truncated=len(short.ids) < len(tokens.ids), notes=tokens.notes, stops=stops)
 
 
 @dataclass(frozen=True)
@@ -117,7 +130,7 @@ class ClassificationPreparer:
 def set_template(tokenizer: PreTrainedTokenizerBase, format_name: str, options: PrepareOptions) -> None:
     """Give ``tokenizer`` the chat template of ``options``, where rows of this format are rendered with one."""
     if renders_with_template(format_name):
-        set_chat_template(tokenizer, options.chat_template)
+        set_chat_template(tokenizer, options.chat_template, options.chat_template_kwargs)
 
 
 def choose_first(rows: Iterable[ReadRow], options: PrepareOptions, *, is_classification: bool) -> RowFormat | None:
@@ -158,19 +171,27 @@ def tell_skipped(name: str, counts: RowCounts) -> None:
 
 
 def _prompt(
-    shape: PromptCompletion | Messages | PlainText, tokens: Tokens, *, max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    shape: PromptCompletion | Messages | PlainText,
+    tokens: Tokens,
+    *,
+    max_length: int,
 ) -> dict[str, str | list[int] | None]:
+    """Return what is asked, and as the answer the text of the tokens that training would have the model write."""
     ids = tokens.ids[: tokens.num_prompt][-max_length:]  # the end of a prompt asks the question
+    written = max((i for i, weight in enumerate(tokens.weights) if weight), default=-1) + 1
+    answer = tokenizer.decode(tokens.ids[tokens.num_prompt : written], skip_special_tokens=True)
+    answer = Stops(texts=frozenset(tokens.end_texts)).cut(answer)
     if isinstance(shape, PromptCompletion):
-        return {"prompt_ids": ids, "answer": shape.completion, "question": shape.prompt, "kind": shape.kind}
+        return {"prompt_ids": ids, "answer": answer, "question": shape.prompt, "kind": shape.kind}
     if isinstance(shape, PlainText):
-        return {"prompt_ids": ids, "answer": shape.text, "question": "", "kind": None}
+        return {"prompt_ids": ids, "answer": answer, "question": "", "kind": None}
     turns = shape.turns
     weights = shape.weights or [None] * len(turns)
     answers = (i for i, turn in enumerate(turns) if turn["role"] == "assistant" and weights[i] != 0)
     last = max(answers, default=len(turns) - 1)
     question = turns[last - 1]["content"] if last else ""
-    return {"prompt_ids": ids, "answer": turns[last]["content"], "question": question, "kind": None}
+    return {"prompt_ids": ids, "answer": answer, "question": question, "kind": None}
 
 
 def _without_trailing_pad(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:

@@ -6,8 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from automodel.data.stops import Stops
+
 if TYPE_CHECKING:
     import numpy as np
+
+    from automodel.data.proof import Proof
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,7 @@ class Prompt:
 
     Attributes:
         prompt_ids: the tokens before the answer, as in training.
+        answer: the text of the tokens after them that training supervises, without the end.
         kind: the group that its score is reported under, if any.
     """
 
@@ -33,6 +38,7 @@ class RowCounts:
         num_unsupervised: rows dropped because nothing supervised is left of them; the others of ``num_dropped`` were
             too long for ``truncation=drop``.
         num_bad: damaged rows that were skipped; ``bad_rows`` names the first of them.
+        notes: what the user should know of rows that are trained on, with their number.
     """
 
     num_rows_read: int = 0
@@ -42,6 +48,7 @@ class RowCounts:
     num_label_tokens: int = 0
     num_bad: int = 0
     bad_rows: list[str] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,8 @@ class SFTRows:
             must predict (the next token), or -100. With ``loss_weights`` [T] where a message has a weight of its own.
         prompts: a generation prompt for each row, in the rows' order; empty unless they were asked for.
         format_name: what the rows were recognised as.
+        stops: the ends of answers that are supervised.
+        proof: what comparing the first rows' tokens with their texts gave.
     """
 
     name: str
@@ -102,6 +111,8 @@ class SFTRows:
     counts: RowCounts
     stats: RowStats
     format_name: str
+    stops: Stops
+    proof: Proof
 
     @property
     def is_conversation(self) -> bool:

@@ -78,6 +78,7 @@ class _RowKeys:
     truncation: Truncation = "right"
     supervise: Supervise = "all"
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     num_proc: int | None = None
     streaming: bool = False
     buffer_rows: int = 10_000
@@ -90,6 +91,7 @@ class _RowKeys:
             format=self.format,
             columns=self.columns,
             chat_template=self.chat_template,
+            chat_template_kwargs=self.chat_template_kwargs,
             supervise=self.supervise,
             on_bad_row=self.on_bad_row,
             num_proc=self.num_proc,

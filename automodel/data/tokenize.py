@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from automodel.data.chat import tokenize_messages
-from automodel.data.encode import Tokens, leading_ids, require_eos, tokenize_text
+from automodel.data.chat import JOINED, tokenize_messages
+from automodel.data.encode import Tokens, encode, leading_ids, require_eos, tokenize_text
 from automodel.data.formats import Messages, PlainText, PromptCompletion
 from automodel.data.readers import BadRow
 from automodel.types import IGNORE_INDEX
@@ -43,15 +43,16 @@ def tokenize_input(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[
 
 
 def tokenize_completion(tokenizer: PreTrainedTokenizerBase, row: PromptCompletion) -> Tokens:
-    """Tokenise prompt and completion apart, so that no token spans both; the completion and eos are supervised.
+    """Tokenise prompt and completion as one text, with nothing between them; the completion and eos are supervised.
 
-    A newline is put between them unless one of them brings white space there; it belongs to the prompt.
+    A token that holds characters of both is supervised: the model has to write it.
     """
-    prompt = row.prompt
-    if prompt and not prompt[-1].isspace() and not row.completion[0].isspace():
-        prompt += "\n"
-    before = leading_ids(tokenizer) + tokenize_text(tokenizer, prompt)
-    return _ended(tokenizer, before, tokenize_text(tokenizer, row.completion))
+    text, border = row.prompt + row.completion, len(row.prompt)
+    encoded = encode(tokenizer, text, as_text=True, borders=[border])
+    first, _ = encoded.tokens_of(border, len(text))
+    tokens = _ended(tokenizer, leading_ids(tokenizer) + encoded.ids[:first], encoded.ids[first:])
+    notes = (JOINED,) if encoded.starts[first] < border else ()
+    return tokens._replace(notes=notes, text=text, spans=((border, len(text)),))
 
 
 def tokenize_plain_text(tokenizer: PreTrainedTokenizerBase, row: PlainText) -> Tokens:
@@ -76,12 +77,11 @@ def cut(tokens: Tokens, *, max_length: int, truncation: Truncation) -> Tokens | 
     if truncation == "drop":
         return None
     first = excess if truncation == "left" else 0
-    end = None if tokens.end is None else tokens.end - first
-    return Tokens(
-        tokens.ids[first : first + max_length],
-        tokens.weights[first : first + max_length],
-        min(max(0, tokens.num_prompt - first), max_length),
-        end if end is not None and 0 <= end < max_length else None,
+    return tokens._replace(
+        ids=tokens.ids[first : first + max_length],
+        weights=tokens.weights[first : first + max_length],
+        num_prompt=min(max(0, tokens.num_prompt - first), max_length),
+        ends=tuple(end - first for end in tokens.ends if first <= end < first + max_length),
     )
 
 
@@ -103,4 +103,4 @@ def shifted_example(tokens: Tokens) -> dict[str, Any] | None:
 def _ended(tokenizer: PreTrainedTokenizerBase, before: list[int], supervised: list[int]) -> Tokens:
     ids = [*before, *supervised, require_eos(tokenizer)]
     weights = [0.0] * len(before) + [1.0] * (len(supervised) + 1)
-    return Tokens(ids, weights, len(before), len(ids) - 1)
+    return Tokens(ids, weights, len(before), (len(ids) - 1,))

@@ -151,7 +151,7 @@ def _read_call_text(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """Return calls of tools with their arguments as an object, which templates write as JSON."""
+    """Return calls of tools, their arguments as they are: an object, or its JSON text."""
     if not isinstance(calls, list):
         raise BadRow(f"{where}: tool_calls must be a list")
     read = []
@@ -160,9 +160,10 @@ def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise BadRow(f"{where}: a tool call must have a name")
         arguments = function.get("arguments", function.get("parameters")) or {}
-        if isinstance(arguments, str):
-            arguments = _parsed(arguments, f"{where}: the arguments of {function['name']!r}")
-        if not isinstance(arguments, dict):
+        is_text = isinstance(arguments, str)
+        if not isinstance(
+            _parsed(arguments, f"{where}: the arguments of {function['name']!r}") if is_text else arguments, dict
+        ):
             raise BadRow(f"{where}: the arguments of {function['name']!r} must be an object")
         outer = {key: call[key] for key in ("id", "type") if call.get(key) is not None}
         read.append({"type": "function"} | outer | {"function": {"name": function["name"], "arguments": arguments}})

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from automodel.data.rows import Prompt
+    from automodel.data.stops import Stops
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class GenerationEvaluation:
         sample_shard: tuple[int, int] | None,
         device: torch.device,
         dp_group: dist.ProcessGroup,
+        stops: Stops,
     ) -> GenerationScores:
         """Generate and score; every rank must call it with the same prompts.
 
@@ -63,6 +65,7 @@ class GenerationEvaluation:
             sample_shard: what ``dp_eval_sample_shard`` gave: this rank's own share of the prompts, or None where
                 the ranks of ``dp_group`` share them out too but must generate in lockstep.
             device: where the model computes.
+            stops: the ends that training supervises; the model's generation settings name those that are tokens.
         """
         import torch.distributed as dist
 
@@ -78,7 +81,7 @@ class GenerationEvaluation:
         answers = everywhere(answer) if is_alone else answer()
         gathered: list[Any] = [None] * size
         dist.all_gather_object(gathered, answers, group=dp_group)
-        return self._score(prompts, dict(pair for part in gathered for pair in part))
+        return self._score(prompts, {index: stops.cut(text) for part in gathered for index, text in part})
 
     def _answer(
         self,

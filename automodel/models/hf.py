@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from automodel.logs import get_logger
 from automodel.types import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = get_logger(__name__)
 
 WeightDtype = Literal["float32", "bfloat16"]
 
@@ -218,6 +221,25 @@ def build_unfilled(
         model = build(tokenizer, label_names=label_names)
     model.tie_weights()  # which is left out along with the drawing of weights
     return model
+
+
+def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> None:
+    """Make generation stop at ``ids`` too, here and where the export is loaded.
+
+    A base model's own settings name the end of a document, not that of a turn.
+    """
+    settings = model.generation_config
+    given = settings.eos_token_id if settings.eos_token_id is not None else tokenizer.eos_token_id
+    own = [given] if isinstance(given, int) else list(given or ())
+    new = sorted(set(ids) - set(own))
+    if not new:
+        return
+    settings.eos_token_id = [*own, *new]
+    names = [" ".join(tokenizer.convert_ids_to_tokens(each)) for each in (new, own) if each]
+    log.info(
+        "generation stops at %s, which training teaches as the end of an answer%s; generation_config.json says so",
+        names[0], f", as well as at {names[1]}" if own else "",
+    )  # fmt: skip
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

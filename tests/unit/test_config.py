@@ -307,7 +307,7 @@ def test_a_users_own_target_is_checked_by_its_signature(tmp_path, monkeypatch):
 
 def test_the_names_of_chat_templates_are_those_that_there_are():
     from automodel.capabilities import CHAT_TEMPLATES
-    from automodel.data.chat import BUILT_IN_TEMPLATES
+    from automodel.data.templates import BUILT_IN_TEMPLATES
 
     assert set(CHAT_TEMPLATES) == set(BUILT_IN_TEMPLATES)
 

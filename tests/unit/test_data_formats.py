@@ -72,13 +72,14 @@ def calling(name, arguments):
     return {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
 
 
+CALLED_BY_TEXT = [{"type": "function", "function": {"name": "f", "arguments": '{"x":1}'}}]
 CALLED = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
 
 
 @pytest.mark.parametrize(
     ("turn", "expected"),
     [
-        (calling("f", '{"x": 1}'), {"content": "", "tool_calls": CALLED}),
+        (calling("f", '{"x":1}'), {"content": "", "tool_calls": CALLED_BY_TEXT}),
         (
             {"content": [{"type": "tool_call", "value": '{"name": "f", "arguments": {"x": 1}}'}]},
             {"content": "", "tool_calls": CALLED},

@@ -41,33 +41,34 @@ def minimind(shared_data):
 
 def test_labels_are_the_next_token_of_the_completion_and_eos_alone(tmp_path):
     (example,) = load(tmp_path, {"prompt": "ab", "completion": "cd"}).examples
-    tokens = build_char_tokenizer().convert_tokens_to_ids(["<s>", "a", "b", "\n", "c", "d", "</s>"])
+    tokens = build_char_tokenizer().convert_tokens_to_ids(["<s>", "a", "b", "c", "d", "</s>"])
     assert example["input_ids"] == tokens
-    assert example["labels"] == [-100, -100, -100, *tokens[4:], -100]
+    assert example["labels"] == [-100, -100, *tokens[3:], -100]
 
 
 @pytest.mark.parametrize(
-    ("prompt", "completion", "text"),
-    [
-        ("a", "b", "a\nb"),
-        ("a ", "b", "a b"),
-        ("a\n", "b", "a\nb"),
-        ("a", " b", "a b"),
-        ("a", "\nb", "a\nb"),
-        ("", "b", "b"),
-    ],
+    ("prompt", "completion"),
+    [("a", "b"), ("a ", "b"), ("a\n", "b"), ("a", " b"), ("a", "\nb"), ("a ", " b"), ("", "b")],
 )
-def test_newline_is_put_between_unless_white_space_is_there(tmp_path, prompt, completion, text):
+def test_nothing_is_put_between_prompt_and_completion(tmp_path, prompt, completion):
     (example,) = load(tmp_path, {"prompt": prompt, "completion": completion}).examples
-    assert build_char_tokenizer().decode(example["input_ids"]) == f"<s>{text}</s>"
+    assert build_char_tokenizer().decode(example["input_ids"]) == f"<s>{prompt}{completion}</s>"
     assert build_char_tokenizer().decode(supervised(example)) == f"{completion}</s>"
 
 
+def test_pattern_puts_a_separator_where_asked(tmp_path):
+    row, columns = {"question": "a", "answer": "b"}, {"prompt": "{question}\n"}
+    prepared = load(tmp_path, row, columns=columns)
+    assert build_char_tokenizer().decode(prepared.examples[0]["input_ids"]) == "<s>a\nb</s>"
+    assert build_char_tokenizer().decode(supervised(prepared.examples[0])) == "b</s>"
+
+
 @pytest.mark.parametrize("name", ["stories_tokenizer", "minimind"])
-def test_real_rows_render_as_question_newline_answer_with_the_answer_supervised(request, shared_data, name):
+def test_real_rows_render_as_one_text_with_the_answer_supervised(request, shared_data, name):
     tokenizer = request.getfixturevalue(name)
     path = shared_data / "sft" / "gsm8k_train.jsonl"
-    prepared = load_sft(JsonlDataset(path=str(path), limit=200), tokenizer, model_max_length=None)
+    source = JsonlDataset(path=str(path), limit=200, columns={"prompt": "{question}\n"})
+    prepared = load_sft(source, tokenizer, model_max_length=None)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:200]]
     assert prepared.counts.num_label_tokens == sum(len(supervised(example)) for example in prepared.examples)
     for row, example, prompt in zip(rows, prepared.examples, prepared.prompts, strict=True):
@@ -79,7 +80,7 @@ def test_real_rows_render_as_question_newline_answer_with_the_answer_supervised(
         assert tokenizer.decode(labels[first:-1]) == row["answer"] + tokenizer.eos_token
         assert tokenizer.decode(ids[: first + 1], skip_special_tokens=True) == row["question"] + "\n"
         assert prompt.prompt_ids == ids[: first + 1]
-        assert (prompt.question, prompt.answer) == (row["question"], row["answer"])
+        assert (prompt.question, prompt.answer) == (row["question"] + "\n", row["answer"])
 
 
 @pytest.mark.parametrize("name", ["stories_tokenizer", "minimind"])
@@ -101,7 +102,7 @@ def test_tokenizer_without_eos_is_refused(tmp_path):
 
 
 # "<s>abcd\nwxyz</s>" is 11 tokens long, of which the last 5 are supervised.
-LONG = {"prompt": "abcd", "completion": "wxyz"}
+LONG = {"prompt": "abcd\n", "completion": "wxyz"}
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_shorter_limit_of_the_model_holds(tmp_path):
 
 
 def test_prompt_to_answer_is_never_longer_than_the_model_reads(tmp_path):
-    row = {"prompt": "abcdefgh", "completion": "x"}
+    row = {"prompt": "abcdefgh\n", "completion": "x"}
     prepared = load(tmp_path, row, max_length=6, truncation="left")
     assert build_char_tokenizer().decode(prepared.prompts[0].prompt_ids) == "defgh\n"
 

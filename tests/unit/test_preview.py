@@ -17,7 +17,7 @@ from automodel.data.sources import JsonlDataset
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.preview import main, preview, render
 
-ROWS = [{"prompt": f"question {number}", "completion": f"answer {number}"} for number in range(20)]
+ROWS = [{"prompt": f"question {number}\n", "completion": f"answer {number}"} for number in range(20)]
 
 
 def write(path: Path, rows: list[dict]) -> str:

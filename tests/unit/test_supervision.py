@@ -5,9 +5,10 @@ from itertools import groupby
 
 import pytest
 
-from automodel.data.chat import BUILT_IN_TEMPLATES, set_chat_template, tokenize_messages
+from automodel.data.chat import tokenize_messages
 from automodel.data.formats import Messages
 from automodel.data.readers import BadRow
+from automodel.data.templates import BUILT_IN_TEMPLATES, set_chat_template
 from automodel.models.char_tokenizer import build_char_tokenizer
 
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
@@ -146,6 +147,7 @@ FRAMES = {
 QWEN_CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2]}}\n</tool_call><|im_end|>'
 QWEN_ANSWERS = [QWEN_CALL, "It is 3.<|im_end|>", "Bye.<|im_end|>"]
 TOOL_ANSWERS = {
+    "chatml": QWEN_ANSWERS,
     "trl_qwen2_5": QWEN_ANSWERS,
     "trl_qwen3": [*QWEN_ANSWERS[:2], EMPTY_THOUGHT + QWEN_ANSWERS[2]],
     "trl_qwen3_training": [EMPTY_THOUGHT + answer for answer in QWEN_ANSWERS],
@@ -201,6 +203,18 @@ def runs(tokenizer, tokens):
     return [(decode(tokenizer, [i for i, _ in group]), is_supervised) for is_supervised, group in grouped]
 
 
+def by_characters(tokenizer, ids, pieces):
+    """Return for each token whether it holds a character of a piece that is supervised, from its text alone."""
+    flags = [is_supervised for text, is_supervised in pieces for _ in text]
+    found, at = [], 0
+    for i in ids:
+        length = len(decode(tokenizer, [i]))
+        found.append(any(flags[at : at + length]))
+        at += length
+    assert at == len(flags)
+    return found
+
+
 def supervised(tokenizer, tokens):
     return [text for text, is_supervised in runs(tokenizer, tokens) if is_supervised]
 
@@ -242,7 +256,9 @@ def test_answers_and_their_ends_alone_are_supervised(shared_data, tokenizer, nam
     if frame.opening is None:
         opening = whole[: whole.index("<|im_start|>user")]
         frame = Frame(frame.user, frame.header, frame.end, system=None, opening=opening)
-    assert runs(tokenizer, tokens) == written(tokenizer, name, frame.pieces(None, PAIRS[:num_pairs]))
+    pieces = written(tokenizer, name, frame.pieces(None, PAIRS[:num_pairs]))
+    assert whole == "".join(text for text, _ in pieces)
+    assert [weight > 0 for weight in tokens.weights] == by_characters(tokenizer, tokens.ids, pieces)
     assert tokens.end == max(index for index, weight in enumerate(tokens.weights) if weight)
 
 
@@ -255,7 +271,9 @@ def test_system_is_never_supervised(shared_data, tokenizer, name):
             tokenize_messages(tokenizer, row)
         return
     tokens = tokenize_messages(tokenizer, row)
-    assert runs(tokenizer, tokens) == written(tokenizer, name, FRAMES[name].pieces("Be brief.", PAIRS))
+    pieces = written(tokenizer, name, FRAMES[name].pieces("Be brief.", PAIRS))
+    assert decode(tokenizer, tokens.ids) == "".join(text for text, _ in pieces)
+    assert [weight > 0 for weight in tokens.weights] == by_characters(tokenizer, tokens.ids, pieces)
 
 
 @pytest.mark.parametrize("name", FRAMES)
@@ -267,9 +285,15 @@ def test_calls_of_tools_are_supervised_as_the_template_writes_them(shared_data, 
             tokenize_messages(tokenizer, row)
         return
     tokens = tokenize_messages(tokenizer, row)
-    assert decode(tokenizer, tokens.ids) == tokenizer.apply_chat_template(TOOL_TURNS, tools=TOOLS, tokenize=False)
-    answers = [text.replace("{E}", tokenizer.eos_token) for text in TOOL_ANSWERS[name]]
-    assert supervised(tokenizer, tokens) == answers
+    rest = tokenizer.apply_chat_template(TOOL_TURNS, tools=TOOLS, tokenize=False)
+    assert decode(tokenizer, tokens.ids) == rest
+    pieces = []
+    for answer in TOOL_ANSWERS[name]:
+        ((answer, _),) = written(tokenizer, name, [(answer, True)])
+        before, answer, rest = rest.partition(answer)
+        pieces += [(before, False), (answer, True)]
+    pieces.append((rest, False))
+    assert [weight > 0 for weight in tokens.weights] == by_characters(tokenizer, tokens.ids, pieces)
 
 
 @pytest.mark.parametrize("name", FRAMES)
@@ -297,7 +321,7 @@ def test_own_template_of_minimind_with_thought_and_call(minimind):
 def test_reasoning_that_a_template_does_not_write_is_refused(shared_data, tokenizers, name):
     choose(tokenizers["gpt2"], shared_data, name)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "c d"}]
-    with pytest.raises(BadRow, match="leaves out the assistant's reasoning"):
+    with pytest.raises(BadRow, match=r"leaves out the thought 'c d' of message 2 \(role assistant\)"):
         tokenize_messages(tokenizers["gpt2"], Messages(turns))
 
 
