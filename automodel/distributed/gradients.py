@@ -24,8 +24,10 @@ def scale_gradients_(parameters: Iterable[nn.Parameter], factor: torch.Tensor) -
     """Multiply every gradient in place by ``factor``, a scalar tensor on any device."""
     grads = [_local(p.grad) for p in parameters if p.grad is not None]
     grads = [grad for grad in grads if grad.numel()]
-    if grads:
-        torch._foreach_mul_(grads, factor.to(grads[0].device))
+    if not grads:
+        return
+    is_known = factor.device.type == "cpu" and grads[0].device.type != "cpu"  # to the host, which need not copy it
+    torch._foreach_mul_(grads, factor.item() if is_known else factor.to(grads[0].device))
 
 
 def zero_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -47,7 +49,7 @@ def total_grad_norm(parameters: Iterable[nn.Parameter], *, norm_type: float = 2.
     Args:
         norm_type: p of the p-norm; ``inf`` for the largest absolute value.
     """
-    powers: dict[object, list[torch.Tensor]] = defaultdict(list)
+    grads: dict[object, list[torch.Tensor]] = defaultdict(list)
     device = torch.device("cpu")
     for parameter in parameters:
         device = parameter.device
@@ -57,13 +59,14 @@ def total_grad_norm(parameters: Iterable[nn.Parameter], *, norm_type: float = 2.
             raise TypeError("a gradient is still a partial sum over its mesh; reduce it before its norm is taken")
         holder = parameter if isinstance(parameter, DTensor) or parameter.grad is None else parameter.grad
         mesh = (holder.device_mesh, _sharded_axes(holder)) if _is_sharded(holder) else None
-        part = torch.zeros((), device=device)
+        held = grads[mesh]  # also where this rank holds nothing of it: the others wait for its part
         if parameter.grad is not None and _local(parameter.grad).numel():
-            part = torch.linalg.vector_norm(_local(parameter.grad), norm_type, dtype=torch.float32)
-        powers[mesh].append(part if math.isinf(norm_type) else part**norm_type)
+            held.append(_local(parameter.grad))
     total = torch.zeros((), dtype=torch.float32, device=device)
-    for mesh, parts in powers.items():
-        partial = torch.stack(parts).amax() if math.isinf(norm_type) else torch.stack(parts).sum()
+    for mesh, held in grads.items():
+        norms = torch._foreach_norm(held, norm_type, dtype=torch.float32) if held else [torch.zeros_like(total)]
+        norms = torch.stack(norms)
+        partial = norms.amax() if math.isinf(norm_type) else norms.pow(norm_type).sum()
         if mesh is not None:
             device_mesh, axes = mesh
             for axis in axes:

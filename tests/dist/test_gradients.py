@@ -53,6 +53,41 @@ def test_clip_returns_the_norm_and_scales_to_the_limit(dtype):
     assert model.weight.grad.float().tolist() == pytest.approx([0.6, 0.8], rel=1e-2)
 
 
+def test_the_norm_takes_gradients_of_several_types():
+    model = nn.Module()
+    for number, dtype in enumerate([torch.float32, torch.bfloat16, torch.float32, torch.float16]):
+        parameter = nn.Parameter(torch.zeros(3, dtype=dtype))
+        parameter.grad = torch.tensor([1.0, 2.0, 3.0 + number], dtype=dtype)
+        model.register_parameter(f"weight_{number}", parameter)
+    model.register_parameter("unused", nn.Parameter(torch.zeros(3)))
+    everything = torch.cat([p.grad.double() for p in model.parameters() if p.grad is not None])
+    for norm_type in (1.0, 2.0, float("inf")):
+        norm = clip_gradients(model, None, norm_type=norm_type)
+        assert norm.dtype == torch.float32 and norm.item() == pytest.approx(everything.norm(norm_type).item())
+
+
+def num_operations_of_a_norm(num_parameters: int) -> int:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counting(TorchDispatchMode):
+        num = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            Counting.num += 1
+            return function(*args, **(kwargs or {}))
+
+    model = nn.ParameterList([nn.Parameter(torch.zeros(2)) for _ in range(num_parameters)])
+    for parameter in model:
+        parameter.grad = torch.ones(2)
+    with Counting():
+        clip_gradients(model, None)
+    return Counting.num
+
+
+def test_the_norm_is_launched_for_all_gradients_at_once():
+    assert num_operations_of_a_norm(40) == num_operations_of_a_norm(4)
+
+
 def test_clip_with_none_only_measures():
     model = with_gradient(3.0, 4.0)
     assert clip_gradients(model, None).item() == 5.0
