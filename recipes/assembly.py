@@ -44,6 +44,7 @@ from automodel.logs import add_log_file, get_logger, warn_for_all
 from automodel.models.adapters import Task
 from automodel.models.sharded_loading import unfilled_model
 from automodel.optim.optimizers import parameter_groups
+from automodel.train.flops import training_flops
 from automodel.train.loop import Evaluator, Timeouts, TrainLoop
 from automodel.train.meter import Meter
 from automodel.train.rng import seed_everything, set_rng_state
@@ -195,7 +196,7 @@ def build_loop(
         evaluators=evaluators,
         checkpointer=_checkpointer(job),
         sink=_open_loggers(job),
-        meter=Meter(info.device, world_size=info.world_size, num_parameters=num_parameters),
+        meter=Meter(info.device, world_size=info.world_size, flops=training_flops(model)),
         timeouts=Timeouts(training=cfg.dist_env.timeout_minutes, slow_phase=cfg.dist_env.init_timeout_minutes),
         metrics_size=job.run_dir.metrics_size,
         resume_facts=facts,

@@ -117,7 +117,7 @@ class Checkpointer:
         if self.is_async:
             app = self._host_copy.make(app)
             waited_sec = time.monotonic() - started
-            device = torch.cuda.current_device() if torch.cuda.is_available() else None
+            device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
             arguments = (device, app, final, progress, waited_sec)
             threading.Thread(target=self._write_behind, args=arguments, name="checkpoint", daemon=True).start()
         else:

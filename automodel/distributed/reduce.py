@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,24 @@ def sum_losses(
 def wait_for(work: dist.Work) -> None:
     """Wait until a collective started earlier is done; here, so that a watchdog sees that it is a wait."""
     work.wait()
+
+
+def wait_for_event(event: Any) -> None:
+    """Wait until the device has come to ``event``."""
+    event.synchronize()
+
+
+def sum_on_host(sums: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None) -> dict[str, torch.Tensor]:
+    """Return ``sums`` added over ``group``, float64 on the host, waiting for the device once for all of them.
+
+    Every rank of the group must call it, with the same names and shapes.
+    """
+    names = sorted(sums)
+    parts = [sums[name].detach().double().flatten() for name in names]
+    flat = (torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)).cpu()
+    all_reduce_sum_(flat, group)
+    split = flat.split([sums[name].numel() for name in names])
+    return {name: part.reshape(sums[name].shape) for name, part in zip(names, split, strict=True)}
 
 
 def read(scalar: torch.Tensor) -> float:

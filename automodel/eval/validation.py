@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from automodel.distributed.reduce import sum_on_host
 from automodel.losses.cross_entropy import CrossEntropy
 from automodel.screen import progress
 from automodel.types import IGNORE_INDEX
@@ -57,19 +58,20 @@ def validate(
     was_training = model.training
     model.eval()
     total: Sums = {}
+    sums_device = torch.device("cpu") if device.type == "mps" else device  # mps has no double precision
     try:
         for batch in _shown(validation):
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             with autocast():
                 sums = validation.measure(model, batch)
             for name, value in sums.items():
-                # Summed on the host in double precision: the order of the batches must not show.
-                value = value.detach().cpu().double()
+                # In double precision, since the order of the batches must not show, and where they are: a value for
+                # the host would wait for the device after every batch.
+                value = value.detach().to(sums_device).double()
                 total[name] = total[name] + value if name in total else value
     finally:
         model.train(was_training)
-    for name in sorted(total):
-        dist.all_reduce(total[name], group=dp_group)
+    total = sum_on_host(total, dp_group)
     num_label_tokens = int(total["num_label_tokens"])
     loss = float(total["loss_sum"]) / max(1, num_label_tokens)
     metrics = {f"metric/{name}": value for name, value in validation.summarize(total).items()}
@@ -100,8 +102,11 @@ def measure_classification(loss_fn: CrossEntropy, num_labels: int) -> Callable[[
         loss_sum, logits = loss_fn.with_logits(model, batch)
         labels = batch["labels"]
         is_real = labels != IGNORE_INDEX
-        cells = labels[is_real] * num_labels + logits.argmax(dim=-1)[is_real]
-        confusion = torch.bincount(cells, minlength=num_labels**2).reshape(num_labels, num_labels)
+        # Rows that do not count go to a cell of their own: picking the others would wait for the device.
+        cells = torch.where(is_real, labels * num_labels + logits.argmax(dim=-1), num_labels**2)
+        counts = torch.zeros(num_labels**2 + 1, dtype=torch.int64, device=labels.device)
+        counts.index_add_(0, cells, torch.ones_like(cells))
+        confusion = counts[:-1].reshape(num_labels, num_labels)
         return {"loss_sum": loss_sum, "num_label_tokens": is_real.sum(), "confusion": confusion}
 
     return measure

@@ -55,4 +55,7 @@ def sgd(
 
 
 def _has_fused_kernel(params: Sequence[dict[str, Any]]) -> bool:
-    return all(p.device.type in ("cuda", "cpu", "mps") for group in params for p in group["params"])
+    from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+    supported = _get_fused_kernels_supported_devices()
+    return all(p.device.type in supported for group in params for p in group["params"])

@@ -5,56 +5,84 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-# Dense bf16 TFLOP/s from the makers' data sheets.
-_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
+from automodel.distributed.reduce import wait_for_event
+from automodel.train.flops import TrainingFlops, peak_flops_per_sec
 
 
 class Meter:
-    """Counts steps, tokens and seconds; evaluation and saving stand outside ``training()`` and do not count."""
+    """Counts steps, tokens and seconds; evaluation and saving stand outside ``training()`` and do not count.
 
-    def __init__(self, device: torch.device, *, world_size: int, num_parameters: int) -> None:
+    On an accelerator the seconds are the device's own, between events in its stream: the host only enqueues work, and
+    is done with a step long before the device is.
+
+    Args:
+        flops: of the model that is trained.
+    """
+
+    def __init__(self, device: torch.device, *, world_size: int, flops: TrainingFlops) -> None:
         self.device = device
         self.world_size = world_size
-        self.num_parameters = num_parameters
+        self.flops = flops
         self._reset()
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Count the time of the block."""
-        start = time.perf_counter()
+        """Count the time of the block, and of the work that it enqueues."""
+        start = self._now()
         try:
             yield
         finally:
-            self._seconds += time.perf_counter() - start
+            self._laps.append((start, self._now()))
 
-    def count(self, num_tokens: int) -> None:
-        """Count a step of ``num_tokens`` tokens over all ranks."""
+    def count(self, num_tokens: int, sum_squared_lengths: int) -> None:
+        """Count a step over all ranks: its tokens, and the squared lengths of its documents."""
         self._num_steps += 1
         self._num_tokens += num_tokens
+        self._flops += self.flops.total(num_tokens, sum_squared_lengths)
 
     def read(self) -> dict[str, float | None]:
-        """Return the figures since the last reading, and begin anew."""
-        tokens_per_sec = self._num_tokens / max(self._seconds, 1e-9)
+        """Return the figures since the last reading, and begin anew.
+
+        It waits for the end of the last step: where a value of that step has been read before, as for a logged line,
+        the device has come to that end already.
+        """
+        seconds = max(self._seconds(), 1e-9)
+        tokens_per_sec = self._num_tokens / seconds
         figures = {
             "tokens_per_sec": tokens_per_sec,
             "tokens_per_sec_per_device": tokens_per_sec / self.world_size,
-            "step_time_sec": self._seconds / max(1, self._num_steps),
+            "step_time_sec": seconds / max(1, self._num_steps),
             "peak_mem_gib": self._peak_mem_gib(),
-            "mfu": self._mfu(tokens_per_sec / self.world_size),
+            "mfu": self._mfu(seconds),
         }
         self._reset()
         return figures
 
-    def _mfu(self, tokens_per_sec_per_device: float) -> float | None:
-        """Return the share of the peak that 6 FLOPs a parameter and token make (attention is not counted)."""
+    def _now(self) -> Any:
+        """Return the time of the host, or an event that the device comes to once it has done what it was given."""
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.get_device_module(self.device).Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self) -> float:
+        if self.device.type == "cpu":
+            return sum(end - start for start, end in self._laps)
+        for _, end in self._laps[-1:]:
+            wait_for_event(end)
+        return sum(start.elapsed_time(end) for start, end in self._laps) / 1000
+
+    def _mfu(self, seconds: float) -> float | None:
+        """Return the share of the devices' peak that the model's arithmetic makes; None where the peak is not known."""
         if self.device.type != "cuda":
             return None
-        name = torch.cuda.get_device_name(self.device)
-        peak = next((tflops for chip, tflops in _PEAK_TFLOPS.items() if chip in name), None)
-        return None if peak is None else 6 * self.num_parameters * tokens_per_sec_per_device / (peak * 1e12)
+        peak = peak_flops_per_sec(torch.cuda.get_device_name(self.device))
+        return None if peak is None else self._flops / seconds / (peak * self.world_size)
 
     def _peak_mem_gib(self) -> float:
         if self.device.type == "cuda":
@@ -65,4 +93,5 @@ class Meter:
 
     def _reset(self) -> None:
         self._num_steps = self._num_tokens = 0
-        self._seconds = 0.0
+        self._flops = 0.0
+        self._laps: list[tuple[Any, Any]] = []

@@ -35,7 +35,7 @@ def rng_state() -> dict[str, Any]:
         "numpy": [kind, keys.tolist(), *place],
         "torch": _as_text(torch.get_rng_state()),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # a rank that computes on the CPU must not take memory of a device
         state["cuda"] = _as_text(torch.cuda.get_rng_state())
     return state
 
@@ -47,7 +47,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     kind, keys, *place = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *place))
     torch.set_rng_state(_from_text(state["torch"]))
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(_from_text(state["cuda"]))
 
 

@@ -19,7 +19,7 @@ from automodel.distributed.gradients import (
     total_grad_norm,
     zero_gradients,
 )
-from automodel.distributed.reduce import read, sum_losses, wait_for
+from automodel.distributed.reduce import read, sum_losses, wait_for, wait_for_event
 from automodel.distributed.sync import get_sync_ctx
 from automodel.distributed.wrappers import find_wrapper
 from automodel.train.rng import rng_state, set_rng_state
@@ -50,19 +50,17 @@ class DeferredFlag:
     """A flag computed on the device that the host may read later without waiting for work enqueued since."""
 
     def __init__(self, flag: torch.Tensor) -> None:
-        self._event = None
-        if flag.device.type == "cuda":
+        self._value, self._event = flag, None
+        if flag.device.type not in ("cpu", "mps"):  # mps has no memory to copy to without waiting
             self._value = torch.empty((), dtype=flag.dtype, pin_memory=True)
             self._value.copy_(flag, non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.get_device_module(flag.device).Event()
             self._event.record()
-        else:
-            self._value = flag
 
     def read(self) -> bool:
         """Wait until the flag is there, and return it."""
         if self._event is not None:
-            self._event.synchronize()
+            wait_for_event(self._event)
         return bool(read(self._value))
 
 
@@ -73,6 +71,7 @@ class StepResult:
     Attributes:
         grad_norm: of the gradient of the mean loss, before clipping.
         is_bad: whether the loss or the norm was not finite, so that no weight changed.
+        sum_squared_lengths: of the documents, packed or padded; the padded tail of a pack counts as one.
         num_stop_requests: ranks that asked to stop after this step.
     """
 
@@ -81,6 +80,7 @@ class StepResult:
     is_bad: DeferredFlag
     num_label_tokens: int
     num_tokens: int
+    sum_squared_lengths: int
     num_stop_requests: int
 
 
@@ -117,17 +117,19 @@ def train_step(
     wait_for(counts_ready)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     num_averaged = num_ranks_averaged(model, dist.get_world_size(config.dp_group))
-    scale = mean_scale(counts[0], num_averaged).to(config.device)
+    # It stays on the host, which knows the counts: a copy to the device would wait for the whole backward, and a scalar
+    # of the host travels with the operation that takes it.
+    scale = mean_scale(counts[0], num_averaged)
     grad_norm = total_grad_norm(parameters) * scale
     # Undoing the wrapper's average, dividing by the tokens and clipping are one pass over the gradients.
     scale_gradients_(parameters, scale * clip_coefficient(grad_norm, config.clip_norm))
 
     is_bad = 1.0 - (torch.isfinite(loss_sum) & torch.isfinite(grad_norm)).float()
-    num_label_tokens, num_tokens, num_stop_requests = counts.tolist()
+    num_label_tokens, *others = counts.tolist()
     if num_label_tokens:
         _step_unless(optimizer, is_bad)
     zero_gradients(model, optimizer)
-    return StepResult(loss_sum, grad_norm, DeferredFlag(is_bad), num_label_tokens, num_tokens, num_stop_requests)
+    return StepResult(loss_sum, grad_norm, DeferredFlag(is_bad), num_label_tokens, *others)
 
 
 def settle_gradient_buckets(
@@ -151,26 +153,35 @@ def settle_gradient_buckets(
     set_rng_state(state)
 
 
-def _count_tokens(micro_batches: Sequence[Batch]) -> tuple[int, int]:
-    """Return this rank's (supervised positions, tokens that are not padding), counted on the host.
+def _count_tokens(micro_batches: Sequence[Batch]) -> tuple[int, int, int]:
+    """Return this rank's (supervised positions, tokens that are not padding, squared lengths), counted on the host.
 
     A dummy has no supervised position, and its filler token does not count as a token either. A packed batch has no
     mask and brings its ``num_tokens``.
     """
-    num_label_tokens = num_tokens = 0
+    num_label_tokens = num_tokens = sum_squared_lengths = 0
     for batch in micro_batches:
         supervised = int((batch["labels"] != IGNORE_INDEX).sum())
         num_label_tokens += supervised
         if "num_tokens" in batch:
             num_tokens += int(batch["num_tokens"])
+            # 1 + 3 + 5 + ... over the positions of a document is the square of its length
+            sum_squared_lengths += int((2 * batch["position_ids"] + 1).sum())
         elif supervised:
-            num_tokens += int(batch["attention_mask"].sum())
-    return num_label_tokens, num_tokens
+            lengths = batch["attention_mask"].sum(dim=-1)
+            num_tokens += int(lengths.sum())
+            sum_squared_lengths += int(lengths.square().sum())
+    return num_label_tokens, num_tokens, sum_squared_lengths
 
 
 def _step_unless(optimizer: torch.optim.Optimizer, is_bad: torch.Tensor) -> None:
-    """Step the optimizer unless ``is_bad`` is 1, without asking the host where the optimizer can look itself."""
-    if all(group.get("fused") for group in optimizer.param_groups):
+    """Step the optimizer unless ``is_bad`` is 1, without asking the host where the optimizer can look itself.
+
+    Weights that were offloaded are elsewhere than the flag: the optimizer would copy it to them without waiting, and
+    look before it has come.
+    """
+    has_flag = all(p.device.type == is_bad.device.type for group in optimizer.param_groups for p in group["params"])
+    if has_flag and all(group.get("fused") for group in optimizer.param_groups):
         # The fused kernels skip on the device by this flag, as torch.amp.GradScaler uses them.
         optimizer.grad_scale = None
         optimizer.found_inf = is_bad

@@ -22,6 +22,7 @@ from automodel.eval.generation import GenerationEvaluation
 from automodel.losses.cross_entropy import CrossEntropy
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.optim.schedules import constant
+from automodel.train.flops import TrainingFlops
 from automodel.train.loop import Evaluator, Timeouts, TrainLoop
 from automodel.train.meter import Meter
 from automodel.train.step import StepConfig, settle_gradient_buckets, train_step
@@ -206,7 +207,7 @@ def rates_of_a_run(not_finite_at: int, folder: str) -> tuple[list[float], list[f
         evaluators=[Evaluator("validation", lambda: {"loss": 1.0})],
         checkpointer=None,
         sink=SimpleNamespace(log=records.append),
-        meter=Meter(torch.device("cpu"), world_size=1, num_parameters=1),
+        meter=Meter(torch.device("cpu"), world_size=1, flops=TrainingFlops()),
         timeouts=Timeouts(training=1, slow_phase=1),
         metrics_size=lambda: 0,
         resume_facts={},

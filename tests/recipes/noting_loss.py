@@ -1,4 +1,4 @@
-"""A loss that notes under what conditions it is called; named as a user would name a loss of their own."""
+"""Losses that note or check under what conditions they are called; named as a user would name their own."""
 
 from __future__ import annotations
 
@@ -30,3 +30,11 @@ class Noting(CrossEntropy):
         with Path(os.environ["NOTES"], f"{dist.get_rank()}.jsonl").open("a") as file:
             file.write(json.dumps(note) + "\n")
         return loss_sum
+
+
+class WithoutCuda(CrossEntropy):
+    """Fails where this process has opened a context on a CUDA device."""
+
+    def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        assert not torch.cuda.is_initialized(), "a context on the device, for a run on the CPU"
+        return super().__call__(model, batch)

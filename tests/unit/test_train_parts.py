@@ -12,6 +12,7 @@ from torch import nn
 
 from automodel.optim.optimizers import adamw, parameter_groups, sgd
 from automodel.optim.schedules import constant, cosine, linear
+from automodel.train.flops import TrainingFlops
 from automodel.train.meter import Meter
 from automodel.train.rng import rng_state, seed_everything, set_rng_state
 from automodel.train.signals import StopRequest
@@ -165,10 +166,22 @@ def test_random_state_comes_back_and_ranks_draw_apart():
 def test_the_meter_counts_training_alone(monkeypatch):
     clock = iter([0.0, 2.0, 100.0, 102.0])
     monkeypatch.setattr("automodel.train.meter.time.perf_counter", lambda: next(clock))
-    meter = Meter(torch.device("cpu"), world_size=2, num_parameters=10)
+    meter = Meter(torch.device("cpu"), world_size=2, flops=TrainingFlops())
     for _ in range(2):
         with meter.training():
-            meter.count(100)
+            meter.count(100, 1000)
     figures = meter.read()
     assert (figures["tokens_per_sec"], figures["tokens_per_sec_per_device"], figures["step_time_sec"]) == (50, 25, 2)
     assert figures["mfu"] is None and figures["peak_mem_gib"] > 0
+
+
+def test_a_rank_on_the_cpu_takes_no_memory_of_a_device_that_is_there(monkeypatch):
+    def open_context(*args):
+        raise AssertionError("this would open a context on the device")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", open_context)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", open_context)
+    state = rng_state()
+    assert "cuda" not in state
+    set_rng_state(state | {"cuda": "00"})

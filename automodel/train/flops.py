@@ -1,0 +1,100 @@
+"""How much arithmetic a model's training takes, and how much a device can do: model FLOPs utilisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from automodel.distributed.wrappers import unwrap
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_H100_SXM, _H100_NVL, _A100 = 989.4, 835.5, 312.0
+_PEAK_TFLOPS = {
+    "NVIDIA A100-PCIE-40GB": _A100,
+    "NVIDIA A100 80GB PCIe": _A100,
+    "NVIDIA A100-SXM4-40GB": _A100,
+    "NVIDIA A100-SXM4-80GB": _A100,
+    "NVIDIA A800-SXM4-80GB": _A100,
+    "NVIDIA H100 80GB HBM3": _H100_SXM,
+    "NVIDIA H100 NVL": _H100_NVL,
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H800": _H100_SXM,
+    "NVIDIA H200": _H100_SXM,
+    "NVIDIA H200 NVL": _H100_NVL,
+    "NVIDIA GH200 480GB": _H100_SXM,
+    "NVIDIA B200": 2250.0,
+    "NVIDIA A10": 125.0,
+    "NVIDIA A30": 165.0,
+    "NVIDIA A40": 149.7,
+    "NVIDIA L4": 121.0,
+    "NVIDIA L40": 181.05,
+    "NVIDIA L40S": 362.05,
+    "NVIDIA RTX A6000": 154.8,
+    "NVIDIA RTX 6000 Ada Generation": 364.2,
+    "NVIDIA GeForce RTX 3090": 71.0,
+    "NVIDIA GeForce RTX 4090": 165.2,
+}
+"""Dense bf16 peaks with float32 accumulation, from NVIDIA's data sheets, by the name that the driver gives."""
+
+
+@dataclass(frozen=True)
+class TrainingFlops:
+    """FLOPs of a forward and backward.
+
+    Attributes:
+        per_token: in the matrix multiplications by weights.
+        per_squared_length: in attention, for each unit of a document's squared length.
+    """
+
+    per_token: float = 0.0
+    per_squared_length: float = 0.0
+
+    def total(self, num_tokens: int, sum_squared_lengths: int) -> float:
+        """Return the FLOPs for documents of so many tokens, whose squared lengths add up to the second number."""
+        return self.per_token * num_tokens + self.per_squared_length * sum_squared_lengths
+
+
+def training_flops(model: nn.Module) -> TrainingFlops:
+    """Count the FLOPs of a training step of ``model``, perhaps wrapped or sharded.
+
+    As in PaLM (Chowdhery et al. 2022, appendix B), a trained weight takes 6 FLOPs a token (2 in the forward, 2 for the
+    gradient of its input, 2 for its own), and attention 12 x layers x heads x head size a token and position of its
+    document, causal or not. A frozen weight has no gradient of its own and takes 4. Only what multiplies counts:
+    matrices, but not the look-up of an embedding (a tied one multiplies as the output layer), and of the stacked
+    weights of experts [experts, ...] the share that a token is sent to. What is computed twice counts once.
+    """
+    config = unwrap(model).config.get_text_config()
+    embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    matrices = {
+        id(parameter): parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)  # a tied one has both names
+        if parameter.ndim >= 2 and name.rpartition(".")[0] not in embeddings
+    }
+    per_token = sum(
+        (6 if matrix.requires_grad else 4) * matrix.numel() * _share_used(matrix, config)
+        for matrix in matrices.values()
+    )
+    num_layers, num_heads = _number(config, "num_hidden_layers"), _number(config, "num_attention_heads")
+    width = num_heads * _number(config, "head_dim") or (_number(config, "hidden_size") if num_heads else 0)
+    return TrainingFlops(per_token, 12.0 * num_layers * width)
+
+
+def peak_flops_per_sec(device_name: str) -> float | None:
+    """Return the dense bf16 peak of a device by its exact name; None where it is not known, parts of one included."""
+    tflops = _PEAK_TFLOPS.get(device_name)
+    return None if tflops is None else tflops * 1e12
+
+
+def _share_used(weight: nn.Parameter, config: PretrainedConfig) -> float:
+    experts_per_token = _number(config, "num_experts_per_tok")
+    return experts_per_token / weight.shape[0] if experts_per_token and weight.ndim == 3 else 1.0
+
+
+def _number(config: PretrainedConfig, name: str) -> int:
+    """Return an entry that not every kind of model has; 0 without it, or where it differs between layers."""
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) else 0
