@@ -201,7 +201,8 @@ def _is_foreign_option(arg: str, argv: list[str], problems: list[str]) -> bool:
 
 
 def _with_plus(line: str) -> str:
-    return f"++{line}" if line.startswith(tuple(f"{table}." for table in NAMED_BY_USER)) else line
+    is_named = line.startswith(tuple(f"{table}{sign}" for table in NAMED_BY_USER for sign in ".="))
+    return f"++{line}" if is_named else line
 
 
 def _parse(lines: list[str], problems: list[str]) -> Iterator[Override]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 THOUGHTS_LEFT_OUT = "the chat template leaves out thoughts of earlier messages, which it writes only where none follows"
+RESPELT = "the chat template writes numbers in the arguments of calls in another spelling (1e3 as 1000.0)"
 JOINED = "one token holds the end of the prompt and the beginning of the answer; it is trained on, and generated"
 
 _KEPT_FOR_MARKERS = re.compile("[\ufdd0-\ufdd4]")
@@ -52,7 +53,7 @@ def tokenize_messages(
     marked = Messages(_mark(row.turns, specials), _mark(row.tools, specials))
     weights = _message_weights(row)
     others = [i for i, turn in enumerate(row.turns) if turn["role"] != "assistant" and weights[i]]
-    rendering = _render_in_some_form(tokenizer, marked, also=others, specials=specials)
+    form, rendering = _render_in_some_form(tokenizer, marked, also=others, specials=specials)
     answers = [i for i, turn in enumerate(row.turns) if turn["role"] == "assistant"]
     if supervise == "last":
         last = max((i for i in answers if weights[i]), default=None)
@@ -63,8 +64,10 @@ def tokenize_messages(
     encoded = encode(tokenizer, text, quoted=quoted, borders=borders)
     weighted = [(span, weights[span.message]) for span in spans if weights[span.message]]
     tokens = _supervised(tokenizer, encoded, weighted, row)
+    left_out = (THOUGHTS_LEFT_OUT,) if rendering.left_out else ()
+    respelt = (RESPELT,) if _are_respelt(marked, form) else ()
     return tokens._replace(
-        notes=tokens.notes + ((THOUGHTS_LEFT_OUT,) if rendering.left_out else ()),
+        notes=tokens.notes + left_out + respelt,
         text=text,
         spans=tuple((span.start, span.end) for span, _ in weighted),
         quoted=tuple(quoted),
@@ -91,12 +94,14 @@ def _supervised(
     return Tokens(encoded.ids, weights, num_prompt, tuple(ends), tuple(dict.fromkeys(end_texts)), notes)
 
 
-def _render_in_some_form(tokenizer: PreTrainedTokenizerBase, row: Messages, **options: Any) -> Rendering:
+def _render_in_some_form(
+    tokenizer: PreTrainedTokenizerBase, row: Messages, **options: Any
+) -> tuple[Messages, Rendering]:
     """Render the row in the first of the forms that templates expect which this one writes as a whole."""
     problem: BadRow | None = None
     for form in _forms(row, tokenizer.get_chat_template(tools=row.tools)):
         try:
-            return render_spans(tokenizer, form, **options)
+            return form, render_spans(tokenizer, form, **options)
         except BadRow as error:
             # What raises may have been given a form that is not meant for it: the other form's problem says more.
             problem = error if problem is None or not isinstance(error, CannotRender) else problem
@@ -135,6 +140,16 @@ def _with_objects(turn: Turn) -> Turn:
         function = call["function"] | {"arguments": json.loads(arguments) if isinstance(arguments, str) else arguments}
         calls.append(call | {"function": function})
     return turn | {"tool_calls": calls}
+
+
+def _are_respelt(given: Messages, form: Messages) -> bool:
+    """Return whether arguments that were given as text are objects in ``form``, with a number that JSON spells anew."""
+    spellings: list[str] = []
+    for before, after in zip(given.turns, form.turns, strict=True):
+        for call, other in zip(_calls(before), _calls(after), strict=True):
+            if call["function"]["arguments"] != other["function"]["arguments"]:
+                json.loads(call["function"]["arguments"], parse_float=spellings.append)
+    return any(repr(float(spelling)) != spelling for spelling in spellings)
 
 
 def _calls(turn: Turn) -> list[Any]:

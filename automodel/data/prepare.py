@@ -58,6 +58,9 @@ def load_sft(
     set_template(tokenizer, meta["format"], options)
     _require_rows(name, options, counts, num_examples=len(stats.lengths))
     _log_counts(name, options, counts)
+    proof = _prove(source, tokenizer, options)
+    if proof.num_rows and not proof.differences:
+        log.info("%s: the tokens of the first %d rows agree with their texts", name, proof.num_rows)
     table = _open(folder)
     names = ["input_ids", "labels"] + (["loss_weights"] if meta["has_weights"] else [])
     prompts = table.select_columns(["prompt_ids", "answer", "question", "kind"]) if keeps_prompts else []
@@ -65,7 +68,7 @@ def load_sft(
     stops = Stops(**{kind: frozenset(ends) for kind, ends in meta["stops"].items()})
     return SFTRows(
         name, examples, Prompts(prompts), meta["fingerprint"], counts, stats, meta["format"], stops,
-        _prove(source, tokenizer, options),
+        proof,
     )  # fmt: skip
 
 
@@ -161,7 +164,7 @@ def _log_counts(name: str, options: PrepareOptions, counts: RowCounts) -> None:
         counts.num_label_tokens,
     )  # fmt: skip
     for note, num_rows in counts.notes.items():
-        warn_for_all(log, "%s: in %d rows %s", name, num_rows, note)
+        warn_for_all(log, "%s: %d of %d rows: %s", name, num_rows, counts.num_rows_read, note)
 
 
 def _sorted_labels(labels: set[str]) -> tuple[str, ...]:

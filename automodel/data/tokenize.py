@@ -13,6 +13,11 @@ from automodel.types import IGNORE_INDEX
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+UNSEPARATED = (
+    "no white space is between prompt and completion, and none is added; where there should be some, "
+    "dataset.columns.prompt='\"{NAME_OF_FIELD}\\n\"' adds a newline"
+)
+
 Truncation = Literal["right", "left", "drop", "error"]
 Supervise = Literal["all", "last"]
 
@@ -52,6 +57,8 @@ def tokenize_completion(tokenizer: PreTrainedTokenizerBase, row: PromptCompletio
     first, _ = encoded.tokens_of(border, len(text))
     tokens = _ended(tokenizer, leading_ids(tokenizer) + encoded.ids[:first], encoded.ids[first:])
     notes = (JOINED,) if encoded.starts[first] < border else ()
+    if not notes and border and not text[border - 1].isspace() and not text[border].isspace():
+        notes = (UNSEPARATED,)
     return tokens._replace(notes=notes, text=text, spans=((border, len(text)),))
 
 

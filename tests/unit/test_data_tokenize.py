@@ -7,6 +7,7 @@ import pytest
 
 from automodel.data.prepare import load_classification, load_sft
 from automodel.data.sources import DemoDataset, JsonlDataset
+from automodel.data.tokenize import UNSEPARATED
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.types import UserError
 
@@ -54,6 +55,11 @@ def test_nothing_is_put_between_prompt_and_completion(tmp_path, prompt, completi
     (example,) = load(tmp_path, {"prompt": prompt, "completion": completion}).examples
     assert build_char_tokenizer().decode(example["input_ids"]) == f"<s>{prompt}{completion}</s>"
     assert build_char_tokenizer().decode(supervised(example)) == f"{completion}</s>"
+
+
+def test_rows_without_white_space_at_the_border_are_counted(tmp_path):
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a ", "completion": "b"}, {"prompt": "", "completion": "b"}]
+    assert load(tmp_path, *rows, rows[0]).counts.notes == {UNSEPARATED: 2}
 
 
 def test_pattern_puts_a_separator_where_asked(tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from automodel.config import load_config
 from automodel.data.build import facts_of
 from automodel.data.cache import hash_of
 from automodel.data.prepare import load_sft
@@ -66,6 +67,20 @@ def test_values_are_part_of_what_names_the_cache(minimind, source):
     options = [source(chat_template_kwargs={"open_thinking": value}) for value in (True, False)]
     names = {hash_of(facts_of(each, minimind, each.options(None))) for each in options}
     assert len(names) == 2
+
+
+@pytest.mark.parametrize(
+    "written", ["chat_template_kwargs={enable_thinking: false}", "chat_template_kwargs.enable_thinking=false"]
+)
+def test_values_are_given_on_the_command_line_without_a_plus(tmp_path, written):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    names = ("dataset", "validation_dataset")
+    cfg = load_config([
+        *(argument for name in names for argument in (f"{name}=jsonl", f"{name}.path={tmp_path}/rows.jsonl")),
+        *(f"{name}.{written}" for name in names),
+    ])  # fmt: skip
+    for section in (cfg.dataset, cfg.validation_dataset):
+        assert section["chat_template_kwargs"] == {"enable_thinking": False}
 
 
 @pytest.mark.parametrize("name", ["enable_thinkng", "messages", "bos_token"])

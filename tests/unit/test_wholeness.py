@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from automodel.data import spans
-from automodel.data.chat import THOUGHTS_LEFT_OUT, tokenize_messages
+from automodel.data.chat import RESPELT, THOUGHTS_LEFT_OUT, tokenize_messages
 from automodel.data.formats import Messages
 from automodel.data.prepare import load_sft
 from automodel.data.readers import BadRow
@@ -106,7 +106,7 @@ def test_thoughts_of_earlier_turns_are_counted_where_the_last_is_written(shared_
     with caplog.at_level(logging.INFO, logger="automodel"):
         prepared = load_sft(source, minimind, model_max_length=None)
     assert prepared.counts.notes == {THOUGHTS_LEFT_OUT: 2}
-    assert f"in 2 rows {THOUGHTS_LEFT_OUT}" in caplog.text
+    assert f"2 of 4 rows: {THOUGHTS_LEFT_OUT}" in caplog.text
     assert supervised(minimind, prepared.examples[0]) == "2<|im_end|><think>\nTwice.\n</think>\n\n2<|im_end|>"
     assert supervised(minimind, prepared.examples[1]) == "<think>\nOnce.\n</think>\n\n2<|im_end|>"
 
@@ -185,9 +185,11 @@ def test_arguments_given_as_text_are_written_as_given(shared_data, minimind):
 
 def test_numbers_in_arguments_keep_their_spelling_where_the_template_takes_text(shared_data, minimind):
     given = '{"zeta": 1.0, "alpha": "café", "price": 1e3}'
-    for template, written in [("templates/trl_qwen3.jinja", given), (None, '{"zeta": 1.0, "alpha": "café", "price": ')]:
-        prepared = load_case(shared_data, "argument-text-kept", minimind, template=template)
-        assert f'{{"name": "get_weather", "arguments": {written}' in supervised(minimind, prepared.examples[0])
+    spelt_anew = given.replace("1e3", "1000.0")
+    for template, written in [("trl_qwen3", given), ("trl_qwen2_5", spelt_anew)]:
+        prepared = load_case(shared_data, "argument-text-kept", minimind, template=f"templates/{template}.jinja")
+        assert f'{{"name": "get_weather", "arguments": {written}}}' in supervised(minimind, prepared.examples[0])
+        assert prepared.counts.notes == ({} if written == given else {RESPELT: 12})
 
 
 def test_arguments_given_as_text_are_no_quoted_text_where_the_template_writes_json(shared_data, minimind):
@@ -277,3 +279,44 @@ def test_old_names_of_calls_are_read():
         "messages",
     )
     assert turns[1]["tool_calls"][0]["function"]["arguments"] == '{"a": 1}'
+
+
+HARMONY = (
+    "{% for m in messages %}{% if m.role == 'assistant' and m.tool_calls %}"
+    "{% if m.thinking and loop.index0 + 2 >= messages | length %}"
+    "{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}"
+    "{% set call = m.tool_calls[0].function %}"
+    "{{ '<|start|>assistant to=functions.' + call.name + '<|channel|>commentary json<|message|>' }}"
+    "{{ call.arguments | tojson + '<|call|>' }}"
+    "{% elif m.role == 'assistant' %}{% if m.thinking and loop.last %}"
+    "{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}"
+    "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') }}"
+    "{% elif m.role == 'tool' %}{% set call = messages[loop.index0 - 1].tool_calls[0].function %}"
+    "{{ '<|start|>functions.' + call.name + ' to=assistant<|message|>' + m.content | tojson + '<|end|>' }}"
+    "{% else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
+
+def test_template_of_channels_with_thoughts_calls_and_results():
+    tokenizer = build_char_tokenizer()
+    marks = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    tokenizer.chat_template = HARMONY
+    call = {"function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}
+    turns, _ = read_turns(
+        [
+            {"role": "user", "content": "Weather?"},
+            {"role": "assistant", "content": None, "thinking": "Look.", "tool_calls": [call]},
+            {"role": "tool", "content": "21"},
+            {"role": "assistant", "content": "It is 21.", "thinking": "Say."},
+        ],
+        "messages",
+    )
+    tokens = tokenize_messages(tokenizer, Messages(turns))
+    assert tokens.notes == (THOUGHTS_LEFT_OUT,)
+    text = "".join(t for t, w in zip(tokenizer.convert_ids_to_tokens(tokens.ids), tokens.weights, strict=True) if w)
+    assert text == (
+        ' to=functions.get_weather<|channel|>commentary json<|message|>{"city": "Rome"}<|call|>'
+        "<|channel|>analysis<|message|>Say.<|end|><|start|>assistant<|channel|>final<|message|>It is 21.<|return|>"
+    )
