@@ -21,7 +21,7 @@ from automodel.data.formats import (
 )
 from automodel.data.readers import MAX_PROBLEMS, BadRow, Row, raise_problems
 from automodel.data.rows import RowCounts, renders_with_template
-from automodel.data.stops import Stops
+from automodel.data.stops import NO_STOPS, Stops
 from automodel.data.templates import set_chat_template
 from automodel.data.tokenize import Supervise, Tokens, Truncation, cut, shifted_example, tokenize_input, tokenize_shape
 from automodel.logs import get_logger, warn_for_all
@@ -66,7 +66,7 @@ class Prepared(NamedTuple):
     is_truncated: bool = False
     is_too_long: bool = False
     notes: tuple[str, ...] = ()
-    stops: Stops = Stops()
+    stops: Stops = NO_STOPS
 
 
 @dataclass(frozen=True)

@@ -27,3 +27,6 @@ class Stops:
     def cut(self, text: str) -> str:
         """Return ``text`` up to the first of the ends that are spelt in it."""
         return text[: min((text.index(end) for end in self.texts if end in text), default=len(text))]
+
+
+NO_STOPS = Stops()

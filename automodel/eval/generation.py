@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from automodel.data.stops import NO_STOPS, Stops
+
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
@@ -13,7 +15,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from automodel.data.rows import Prompt
-    from automodel.data.stops import Stops
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class GenerationEvaluation:
         sample_shard: tuple[int, int] | None,
         device: torch.device,
         dp_group: dist.ProcessGroup,
-        stops: Stops,
+        stops: Stops = NO_STOPS,
     ) -> GenerationScores:
         """Generate and score; every rank must call it with the same prompts.
 

@@ -16,7 +16,6 @@ from automodel.checkpoint.retention import Retention
 from automodel.checkpoint.training import Checkpointer, TrainState, load_checkpoint
 from automodel.data.collate import CausalLMCollator
 from automodel.data.loader import TrainLoader
-from automodel.data.stops import Stops
 from automodel.eval.generation import GenerationEvaluation
 from automodel.losses.cross_entropy import CrossEntropy
 from automodel.models.char_tokenizer import build_char_tokenizer
@@ -101,7 +100,7 @@ def answers(strategy: str) -> list[tuple[str, str, str]]:
     prompts = [Prompt(prompt_ids=[3 + i, 4, 5 + i], question=str(i), answer="x", kind=None) for i in range(5)]
     scores = GenerationEvaluation(batch_size=1, max_new_tokens=4, num_samples=5).run(
         model, build_char_tokenizer(), prompts=prompts, sample_shard=dp_eval_sample_shard(layout, dp.rank, dp.size),
-        device=torch.device("cpu"), dp_group=dp.group, stops=Stops(),
+        device=torch.device("cpu"), dp_group=dp.group,
     )  # fmt: skip
     return scores.samples
 
@@ -131,7 +130,7 @@ def failing_answers() -> str:
     try:
         Broken(batch_size=1, max_new_tokens=2).run(
             model, build_char_tokenizer(), prompts=prompts, sample_shard=(dp.rank, dp.size), device=torch.device("cpu"),
-            dp_group=dp.group, stops=Stops(),
+            dp_group=dp.group,
         )  # fmt: skip
     except (PeerError, KeyError) as error:
         return str(error)
