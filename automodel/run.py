@@ -122,6 +122,7 @@ def run_recipe(cfg: Config) -> ExitStatus:
 def _open_run_dir(cfg: Config, info: DistInfo) -> tuple[RunDir, str]:
     """Lock the run directory on rank 0, and tell every rank its path and the run id."""
     from automodel.distributed.ordering import run_on_main
+    from automodel.loggers.run_lock import WAIT_SEC
     from automodel.loggers.rundir import RunDir
 
     opened: list[RunDir] = []
@@ -129,7 +130,8 @@ def _open_run_dir(cfg: Config, info: DistInfo) -> tuple[RunDir, str]:
     def open_it() -> tuple[Path, str]:
         run_id = default_run_id()
         path = Path(cfg.output_dir) if cfg.output_dir else Path("outputs") / cfg.recipe.name / run_id
-        opened.append(RunDir.open(path))
+        # No longer than the other ranks wait for this one.
+        opened.append(RunDir.open(path, wait_sec=min(WAIT_SEC, 30 * cfg.dist_env.init_timeout_minutes)))
         return path, opened[0].recorded_run_id() or run_id
 
     path, run_id = run_on_main(open_it)

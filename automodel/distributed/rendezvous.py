@@ -14,12 +14,13 @@ import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
 
+from automodel.distributed.awake import moments
 from automodel.environment import is_loopback, other_node, uses_agent_store
 from automodel.types import RunError, UserError
 
@@ -78,7 +79,7 @@ def _gather(store: dist.Store, me: Mapping, world_size: int, timeout_minutes: fl
     store.set(keys[0], json.dumps(me))
     store.set(_ATTEMPT, attempt)
     problem = None
-    for _ in _moments(60 * timeout_minutes):
+    for _ in moments(60 * timeout_minutes):
         if store.check(keys):  # one request, however many ranks there are
             came = dict(enumerate(map(json.loads, store.multi_get(keys))))
             break
@@ -96,7 +97,7 @@ def _sign_in(store: dist.Store, me: Mapping, rank: int, timeout_minutes: float) 
     """Sign in to the attempt that rank 0 has opened, and wait for what it says."""
     attempt, verdict = "", None
     # Rank 0 may have come just in time itself, and then waits for the others as long again.
-    for passed_sec in _moments(2 * 60 * timeout_minutes):
+    for passed_sec in moments(2 * 60 * timeout_minutes):
         is_open = bool(attempt) and verdict is None
         if passed_sec > 60 * timeout_minutes and not is_open:
             break
@@ -112,15 +113,6 @@ def _sign_in(store: dist.Store, me: Mapping, rank: int, timeout_minutes: float) 
                 raise StartError(verdict["problem"])
             return attempt
     raise StartError(_no_rank_0_message(rank, timeout_minutes, verdict))
-
-
-def _moments(seconds: float) -> Iterator[float]:
-    """Yield the seconds passed, with ever longer pauses, until so many are over; Ctrl-C comes through between them."""
-    start, pause_sec = time.monotonic(), 0.01
-    while (passed_sec := time.monotonic() - start) < seconds:
-        yield passed_sec
-        time.sleep(min(pause_sec, max(seconds - passed_sec, 0)))
-        pause_sec = min(1.5 * pause_sec, 0.5)
 
 
 def _open_store(rank: int, timeout_minutes: float) -> dist.TCPStore:
@@ -185,7 +177,7 @@ def _serve(host: str, port: int) -> dist.TCPStore:
 def _resolve(host: str) -> list[str]:
     """Return the addresses of ``host``."""
     problem: Exception | None = None
-    for _ in _moments(RESOLVE_SEC):
+    for _ in moments(RESOLVE_SEC):
         try:
             return [str(found[4][0]) for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
         except (socket.gaierror, UnicodeError) as error:
@@ -202,7 +194,7 @@ def _await_answer(host: str, port: int, rank: int, timeout_minutes: float) -> No
     where = other_node(os.environ)
     is_astray = where is not None and all(map(is_loopback, addresses)) and host != socket.gethostname()
     problem: OSError | None = None
-    for passed_sec in _moments(60 * timeout_minutes):
+    for passed_sec in moments(60 * timeout_minutes):
         try:
             socket.create_connection((host, port), timeout=2).close()
             return

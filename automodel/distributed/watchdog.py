@@ -12,7 +12,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -23,8 +22,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from automodel.distributed.awake import AwakeClock, moments
 from automodel.distributed.dist_info import DistInfo
 from automodel.distributed.flight_recorder import PREFIX, last_collective, write_record
+from automodel.processes import is_alive, process_space
 from automodel.screen import show_phase
 from automodel.types import ExitStatus
 
@@ -136,15 +137,17 @@ class Watchdog:
         self.store = store.clone()
         self._main = threading.main_thread().ident
         self._position: tuple[int, int] | None = None
-        self._position_since = time.monotonic()
+        self._clock = AwakeClock()  # for this thread alone, which reads it at every look
+        self._now = 0.0
+        self._position_since = 0.0
         self._beats = 0
         self._next_beat = 0.0
-        self._neighbour_beat: tuple[bytes, float] = (b"", time.monotonic())
+        self._neighbour_beat: tuple[bytes, float] = (b"", 0.0)
         self._local_peers: dict[int, int] = {}
         self._unreachable_since: float | None = None
         self._has_reported = False
         self._stop = threading.Event()
-        self.store.set(f"watchdog/pid/{rank}", f"{_process_space()} {os.getpid()}")
+        self.store.set(f"watchdog/pid/{rank}", f"{process_space()} {os.getpid()}")
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -182,12 +185,13 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._stop.wait(INTERVAL_SEC):
+            self._now = self._clock.read()
             try:
                 self._look()
                 self._unreachable_since = None
             except RuntimeError:
-                self._unreachable_since = self._unreachable_since or time.monotonic()
-                if time.monotonic() - self._unreachable_since > SILENCE_SEC:
+                self._unreachable_since = self._unreachable_since or self._now
+                if self._now - self._unreachable_since > SILENCE_SEC:
                     words = "the job's store, on its node, does not answer any more"
                     self._end(Failure(0, words, self.rank))
 
@@ -204,22 +208,25 @@ class Watchdog:
             self._tell_stall()
 
     def _watch_neighbours(self) -> None:
-        """Look whether the processes of this node live, and whether the next rank's heart beats."""
+        """Look whether the processes of this node live, and whether the next rank's heart beats.
+
+        Of a process of this node its heart may rest: it lives, and is stopped, by a scheduler perhaps.
+        """
         for rank, pid in self._peers_of_this_node().items():
-            if not _is_alive(pid) and not self.store.check([f"watchdog/left/{rank}"]):
+            if not is_alive(pid) and not self.store.check([f"watchdog/left/{rank}"]):
                 self._accuse(rank, "its process ended without a word (killed, or out of memory?)")
-        now = time.monotonic()
-        if now < self._next_beat:
+        if self._now < self._next_beat:
             return
-        self._next_beat = now + HEARTBEAT_SEC
+        self._next_beat = self._now + HEARTBEAT_SEC
         self._beats += 1
         self.store.set(f"watchdog/beat/{self.rank}", str(self._beats))
         neighbour = (self.rank + 1) % self.world_size
         key = f"watchdog/beat/{neighbour}"
         beat = self.store.get(key) if self.store.check([key]) else b""
-        if beat != self._neighbour_beat[0] or self.store.check([f"watchdog/left/{neighbour}"]):
-            self._neighbour_beat = (beat, now)
-        elif now - self._neighbour_beat[1] > SILENCE_SEC:
+        is_excused = neighbour in self._local_peers or self.store.check([f"watchdog/left/{neighbour}"])
+        if beat != self._neighbour_beat[0] or is_excused:
+            self._neighbour_beat = (beat, self._now)
+        elif self._now - self._neighbour_beat[1] > SILENCE_SEC:
             self._accuse(neighbour, f"it has given no sign of life for {SILENCE_SEC:.0f} seconds")
 
     def _accuse(self, rank: int, error: str) -> None:
@@ -232,7 +239,7 @@ class Watchdog:
             keys = [f"watchdog/pid/{rank}" for rank in range(self.world_size)]
             if not self.store.check(keys):
                 return {}
-            here = _process_space()
+            here = process_space()
             found = [value.decode().rsplit(" ", 1) for value in self.store.multi_get(keys)]
             self._local_peers = {rank: int(pid) for rank, (host, pid) in enumerate(found) if host == here}
         return self._local_peers
@@ -241,11 +248,11 @@ class Watchdog:
         frame = sys._current_frames().get(self._main)
         position = (id(frame), frame.f_lasti) if frame is not None else None
         if position != self._position:
-            self._position, self._position_since = position, time.monotonic()
+            self._position, self._position_since = position, self._now
 
     def _is_stalled(self) -> bool:
         frame = sys._current_frames().get(self._main)
-        return _is_waiting(frame) and time.monotonic() - self._position_since > _limit_sec
+        return _is_waiting(frame) and self._now - self._position_since > _limit_sec
 
     def _answer(self) -> None:
         frame = sys._current_frames().get(self._main)
@@ -255,7 +262,7 @@ class Watchdog:
             os.getpid(),
             str(_place),
             _is_waiting(frame),
-            round(time.monotonic() - self._position_since),
+            round(self._now - self._position_since),
             "".join(traceback.format_stack(frame)[-8:]) if frame else "",
             last_collective(),
         )
@@ -270,15 +277,15 @@ class Watchdog:
         """Gather where everybody is, print it, and make it the job's failure."""
         self._has_reported = True
         self._answer()
-        deadline = time.monotonic() + ANSWER_SEC
         missing = set(range(self.world_size))
         reports: list[Report] = []
-        while missing and time.monotonic() < deadline:
+        for _ in moments(ANSWER_SEC):
             for rank in sorted(missing):
                 if self.store.check([f"watchdog/report/{rank}"]):
                     reports.append(Report(**json.loads(self.store.get(f"watchdog/report/{rank}"))))
             missing -= {report.rank for report in reports}
-            time.sleep(0.1)
+            if not missing:
+                break
         late = late_ranks(reports) or sorted(missing) or [self.rank]
         failure = Failure(late[0], f"stalled in {_place}", self.rank)
         if self._claim(failure) == failure:
@@ -347,25 +354,3 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 def _is_waiting(frame: FrameType | Any) -> bool:
     return frame is not None and any(part in frame.f_code.co_filename for part in _WAITING_FILES)
-
-
-def _process_space() -> str:
-    """Return what processes must share for one to see whether the other lives: a host, and a container on it."""
-    try:
-        return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # a system without /proc
-        return socket.gethostname()
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"  # a zombie is dead, only not yet collected
-    except OSError:
-        return not os.path.isdir("/proc")  # a system without it; else the process went a moment ago

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -16,6 +15,7 @@ from typing import Any
 
 from automodel import __version__
 from automodel.config.record import masked_text
+from automodel.loggers.run_lock import WAIT_SEC, RunLock
 from automodel.types import UserError
 
 
@@ -33,12 +33,14 @@ class RunDir:
         self.config_path = path / "config.yaml"
         self.run_json_path = path / "run.json"
         self._lock_path = path / ".lock"
-        self._lock: Any = None
+        self._lock: RunLock | None = None
         self._made: list[Path] = []
 
     @classmethod
-    def open(cls, path: Path) -> RunDir:
+    def open(cls, path: Path, *, wait_sec: float = WAIT_SEC) -> RunDir:
         """Make the folder and lock it until this process ends.
+
+        Another run that may have ended with its node is waited for, up to ``wait_sec``.
 
         Raises:
             UserError: another process holds it, or it cannot be made.
@@ -46,21 +48,9 @@ class RunDir:
         run_dir = cls(path)
         try:
             run_dir._made = _make_folders(path)
-            run_dir._lock = run_dir._lock_path.open("a+")
+            run_dir._lock = RunLock(run_dir._lock_path, wait_sec=wait_sec)
         except OSError as error:
             raise UserError(f"output_dir={path} cannot be written: {error}") from error
-        try:
-            fcntl.flock(run_dir._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            run_dir._lock.seek(0)
-            holder = run_dir._lock.read().strip() or "unknown"
-            run_dir._lock.close()
-            raise UserError(
-                f"output_dir={path} is in use by another run ({holder}); wait for it or choose another output_dir"
-            ) from None
-        run_dir._lock.truncate(0)
-        run_dir._lock.write(f"process {os.getpid()} on {platform.node()}")
-        run_dir._lock.flush()
         return run_dir
 
     def holds_run(self) -> bool:
@@ -85,7 +75,7 @@ class RunDir:
     def release(self) -> None:
         """Let others write here."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def write_config(self, text: str) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 
 import pytest
@@ -12,6 +15,7 @@ import torch.distributed as dist
 
 from automodel.distributed import watchdog
 from automodel.distributed.watchdog import Report, late_ranks, set_stall_limit, stall_message
+from automodel.processes import is_alive, process_space
 from tests.dist.pool import RankPool
 
 
@@ -51,11 +55,11 @@ def test_a_stall_is_told_before_the_collective_gives_up(minutes, seconds):
 def test_a_process_that_ended_is_dead_also_before_it_is_collected():
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     deadline = time.monotonic() + 20
-    while watchdog._is_alive(child.pid) and time.monotonic() < deadline:
+    while is_alive(child.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not watchdog._is_alive(child.pid)  # a zombie: nobody has waited for it
+    assert not is_alive(child.pid)  # a zombie: nobody has waited for it
     child.wait()
-    assert not watchdog._is_alive(child.pid) and watchdog._is_alive(os.getpid())
+    assert not is_alive(child.pid) and is_alive(os.getpid())
 
 
 def first_failure_wins() -> tuple[str, int, bool]:
@@ -76,3 +80,51 @@ def test_the_failure_told_first_is_everybodys():
     pool = RankPool(2)
     assert pool.run(first_failure_wins) == [("ValueError: first", 1, True)] * 2
     pool.close()
+
+
+def test_a_job_that_was_suspended_takes_nobody_for_dead_or_stalled_when_it_wakes(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(watchdog, "INTERVAL_SEC", 0.001)
+    monkeypatch.setattr(watchdog, "_limit_sec", 100.0)
+    store = dist.FileStore(tempfile.mkstemp()[1])
+    store.set("watchdog/pid/1", "another-node 1")
+    dog = watchdog.Watchdog(store, rank=0, world_size=2, tell=print, before_exit=print)
+    monkeypatch.setattr(dog, "_end", lambda failure: None)
+    looked = threading.Event()
+    looks = dog._look
+    monkeypatch.setattr(dog, "_look", lambda: (looks(), looked.set()))
+
+    def pass_by(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        for _ in range(2):  # the second look began after the time passed
+            looked.clear()
+            assert looked.wait(60)
+
+    try:
+        for _ in range(8):
+            pass_by(4)
+        pass_by(3600)  # stopped for an hour, with the other rank silent for 32 s before
+        assert dog.failure() is None and not dog._is_stalled()
+        for _ in range(3):
+            pass_by(4)
+        assert dog.failure().rank == 1 and "no sign of life" in dog.failure().error
+    finally:
+        dog.leave()
+
+
+def test_a_silent_process_of_this_node_is_only_stopped():
+    store = dist.FileStore(tempfile.mkstemp()[1])
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    store.set("watchdog/pid/1", f"{process_space()} {child.pid}")
+    dog = watchdog.Watchdog(store, rank=0, world_size=2, tell=print, before_exit=print)
+    dog._stop.set()
+    child.send_signal(signal.SIGSTOP)
+    for dog._now in range(0, 1000, 10):
+        dog._watch_neighbours()
+    assert dog.failure() is None
+    child.kill()
+    child.wait()
+    dog._watch_neighbours()
+    assert dog.failure().rank == 1 and "ended without a word" in dog.failure().error

@@ -21,7 +21,7 @@ ROWS = (
     {"train", "eval"},
     {"data", "models", "losses", "optim", "checkpoint", "loggers"},
     {"distributed", "launch"},
-    {"config", "capabilities", "environment", "types", "logs", "screen"},
+    {"config", "capabilities", "environment", "processes", "types", "logs", "screen"},
 )
 BASE = ROWS[-1]
 

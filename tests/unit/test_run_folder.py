@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
+import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from automodel.launch.run_id import default_run_id
+from automodel.loggers import run_lock
 from automodel.loggers.fanout import open_loggers
 from automodel.loggers.jsonl import JsonlLogger
 from automodel.loggers.rundir import RunDir
@@ -37,6 +43,105 @@ def test_a_run_directory_has_one_writer(tmp_path):
     assert "is in use by another run (process" in opened_by_another_process(tmp_path / "run")
     run_dir.release()
     assert opened_by_another_process(tmp_path / "run") is None
+
+
+@pytest.fixture
+def without_locks(monkeypatch):
+    """Make the file system one that cannot lock, in the way that the test sets."""
+
+    def refuse(number: int) -> None:
+        def flock(file, operation):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+
+    return refuse
+
+
+@pytest.mark.parametrize("name", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EINVAL", "EPERM", "EIO"])
+def test_a_file_system_without_locks_still_has_one_writer(tmp_path, without_locks, caplog, name):
+    without_locks(getattr(errno, name))
+    run_dir = RunDir.open(tmp_path / "run")
+    assert "its file system has no locks" in caplog.text and ".lock.owner" in caplog.text
+    assert f"is in use by another run (process {os.getpid()} on" in opened_by_another_process(tmp_path / "run")
+    run_dir.release()
+    assert not (tmp_path / "run" / ".lock.owner").exists()
+    assert opened_by_another_process(tmp_path / "run") is None
+
+
+def sign_for_another_node(path: Path, beats: int = 0) -> None:
+    there = {"pid": 1, "host": "node7", "space": "node7/pid:[1]", "job_id": "41", "token": "its"}
+    path.write_text(json.dumps(there) + f"\n{beats}\n")
+
+
+def test_without_locks_an_owner_is_dead_once_it_gives_no_sign_of_life(tmp_path, without_locks, monkeypatch):
+    without_locks(errno.ENOSYS)
+    monkeypatch.setattr(run_lock, "STALE_SEC", 0.5)
+    owner = tmp_path / ".lock.owner"
+    sign_for_another_node(owner)
+    is_over = threading.Event()
+
+    def beat() -> None:
+        for beats in range(1, 10):
+            time.sleep(0.1)
+            sign_for_another_node(owner, beats)
+        is_over.set()
+
+    threading.Thread(target=beat).start()
+    run_dir = RunDir.open(tmp_path, wait_sec=60)
+    assert is_over.is_set()
+    assert json.loads(owner.read_text().splitlines()[0])["pid"] == os.getpid()
+    run_dir.release()
+
+
+def test_without_locks_a_process_that_ended_here_owns_nothing(tmp_path, without_locks):
+    without_locks(errno.ENOSYS)
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=lambda: (RunDir.open(tmp_path), os._exit(1)))
+    process.start()
+    process.join()
+    assert (tmp_path / ".lock.owner").exists()
+    RunDir.open(tmp_path, wait_sec=10).release()
+
+
+def hold_for_a_moment(path: Path, is_held, holder: dict[str, object]) -> None:
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(json.dumps(holder))
+        file.flush()
+        is_held.set()
+        time.sleep(1)
+
+
+@pytest.mark.parametrize("case", ["another node", "an earlier start of this job", "a requeue"])
+def test_a_lock_that_a_dead_node_leaves_is_waited_for_and_that_is_told(tmp_path, monkeypatch, caplog, case):
+    # The process that holds it lives, as a node's lock does until the file server has noticed.
+    here = json.loads(json.dumps(vars(run_lock.Holder.this_process())))
+    holder = here | ({"host": "node7", "space": "node7/pid:[1]"} if case == "another node" else {"job_id": "41"})
+    monkeypatch.setenv("SLURM_JOB_ID", "42" if case == "a requeue" else "41")
+    if case == "a requeue":
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    context = multiprocessing.get_context("fork")
+    is_held = context.Event()
+    process = context.Process(target=hold_for_a_moment, args=(tmp_path / ".lock", is_held, holder))
+    process.start()
+    is_held.wait()
+    RunDir.open(tmp_path, wait_sec=60).release()
+    process.join()
+    assert "which may have ended with its node; waiting up to 60 s for it" in caplog.text
+
+
+def test_a_lock_that_is_not_given_up_is_waited_for_so_long_and_not_longer(tmp_path, monkeypatch):
+    holder = vars(run_lock.Holder.this_process()) | {"space": "node7/pid:[1]", "host": "node7"}
+    context = multiprocessing.get_context("fork")
+    is_held = context.Event()
+    process = context.Process(target=hold_for_a_moment, args=(tmp_path / ".lock", is_held, holder))
+    process.start()
+    is_held.wait()
+    with pytest.raises(UserError, match=r"in use by another run \(process \d+ on node7.*, and was so for 0 s"):
+        RunDir.open(tmp_path, wait_sec=0.2)
+    process.join()
 
 
 def test_abandoning_leaves_no_trace(tmp_path):
