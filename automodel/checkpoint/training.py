@@ -27,6 +27,7 @@ from automodel.checkpoint.staging import HostCopy, num_bytes, share_of
 from automodel.checkpoint.unpickling import PlainPlanner, PlainReader, hidden_code, plain
 from automodel.distributed.megatron_fsdp import describe_uneven_shards
 from automodel.distributed.ordering import everywhere, on_every_rank, run_on_main
+from automodel.distributed.side_group import _create_gloo_group
 from automodel.distributed.wrappers import is_megatron_fsdp, unwrap
 from automodel.logs import get_logger
 from automodel.types import RunError, UserError
@@ -77,7 +78,7 @@ class Checkpointer:
         self.retention = retention
         self.is_async = is_async
         self.on_error = on_error
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+        self._group = _create_gloo_group(timedelta(minutes=timeout_minutes))
         self._host_copy = HostCopy()
         self._write: Future[None] | None = None
 

@@ -117,9 +117,13 @@ def _check_adapters(cfg: Config) -> Iterator[str]:
 
 
 def _check_backend(cfg: Config) -> Iterator[str]:
-    if cfg.dist_env.backend not in BACKENDS:
-        hint = did_you_mean(cfg.dist_env.backend, BACKENDS)
-        yield f"dist_env.backend={cfg.dist_env.backend} must be one of {', '.join(BACKENDS)}{hint}"
+    backend = cfg.dist_env.backend
+    for pair in backend.split(","):
+        device, separator, name = pair.rpartition(":")
+        if (separator and not device.strip()) or name.strip() not in BACKENDS or (device and name == "auto"):
+            known = f"must be one of {', '.join(BACKENDS)}, or some by device as cpu:gloo,cuda:nccl"
+            yield f"dist_env.backend={backend} {known}{did_you_mean(name, BACKENDS)}"
+            return
 
 
 def _check_model(cfg: Config) -> Iterator[str]:

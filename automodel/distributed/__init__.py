@@ -13,13 +13,15 @@ _HOME = {
     "get_local_world_size_preinit": "dist_info",
     "FirstRankPerNode": "first_rank",
     "barrier_and_log": "first_rank",
+    "_create_gloo_group": "side_group",
+    "_barrier_with_timeout": "side_group",
     "dp_eval_sample_shard": "mesh",
     "get_sync_ctx": "sync",
     "reduce_loss": "reduce",
     "rescale_gradients": "gradients",
     "clip_gradients": "gradients",
 }
-__all__ = sorted(_HOME)
+__all__ = sorted(name for name in _HOME if not name.startswith("_"))
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -32,6 +33,8 @@ _device: tuple[dist.ProcessGroup, torch.device] | None = None
 _before_destroy: list[Callable[[], None]] = []
 _ending: threading.Thread | None = None
 """The thread that ends, or last ended, a process group."""
+_registered_in: int | None = None
+"""The process that ends its group at exit."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,13 @@ def initialize_distributed(
 
     Every rank must call it. Calling it again returns the same facts; a group that something else has made is
     taken as it is. A single process needs neither environment variables nor a network. In a SLURM step, torchrun's
-    variables are exported, so that other libraries find the same job.
+    variables are exported, so that other libraries find the same job. ``destroy_global_state`` runs at the end of the
+    interpreter, unless it was called before.
 
     Args:
-        backend: ``auto`` (torch's default by device: cuda nccl, cpu and mps gloo, xpu xccl, hpu and npu hccl, mlu
-            cncl) or a backend's name. Next to a device's backend there is always gloo for the CPU.
+        backend: ``auto`` (by device: cuda nccl; cpu and mps gloo; xpu xccl, or ccl where torch was built without it;
+            hpu and npu hccl; mlu cncl), a backend's name, or names by device as ``cpu:gloo,cuda:nccl``, of which those
+            for devices that are not here are left out. Next to a device's backend there is always gloo for the CPU.
         timeout_minutes: how long the ranks may take to come, and afterwards a collective.
         init_method: a URL as ``torch.distributed.init_process_group`` takes it, instead of MASTER_ADDR and MASTER_PORT.
         store: a store that all ranks share, likewise.
@@ -106,6 +111,8 @@ def initialize_distributed(
     """
     import torch.distributed as dist
 
+    from automodel.distributed.backends import backend_spec, choose_device
+
     if not dist.is_initialized():
         has_own_way = init_method is not None or store is not None
         problems = environment_problems(os.environ, needs_address=not has_own_way)
@@ -114,8 +121,9 @@ def initialize_distributed(
         if problems:
             raise UserError(*problems)
         os.environ.update(slurm_exports(os.environ))
-        device = _choose_device(backend)
-        _start_group(_backend_spec(backend, device), device, timeout_minutes, init_method, store)
+        device = choose_device(backend)
+        _start_group(backend_spec(backend, device), device, timeout_minutes, init_method, store)
+        _end_at_exit()
     return _facts()
 
 
@@ -153,71 +161,20 @@ def _from_group(method: str, names: tuple[str, ...], *, default: int) -> int:
     return number_from(os.environ, names, default=default)
 
 
-def _choose_device(backend: str) -> torch.device:
-    import torch
-
-    if backend == "gloo" or not torch.accelerator.is_available():
-        return torch.device("cpu")
-    kind = torch.accelerator.current_accelerator().type
-    if kind == "mps":
-        return torch.device("mps") if get_world_size_safe() == 1 else torch.device("cpu")
-    local_rank, num_devices = get_local_rank_preinit(), torch.accelerator.device_count()
-    if local_rank >= num_devices:
-        raise UserError(
-            f"local rank {local_rank} has no {kind} device: this node shows {num_devices}; "
-            f"start at most {num_devices} processes a node, or choose dist_env.backend=gloo to run on the CPU"
-        )
-    return torch.device(kind, local_rank)
-
-
-def _backend_spec(backend: str, device: torch.device) -> str:
-    """Return the backend for init_process_group; refuses one that is unknown, absent or made for another device."""
-    import torch.distributed as dist
-
-    name = backend
-    if backend == "auto":
-        try:
-            name = dist.get_default_backend_for_device(device.type)
-        except ValueError:
-            raise UserError(f"torch has no default backend for {device.type}: name one with dist_env.backend") from None
-        if name == "xccl" and not dist.is_xccl_available():
-            name = "ccl"
-    needs = {"nccl": ("cuda",), "xccl": ("xpu",), "hccl": ("hpu", "npu"), "cncl": ("mlu",)}.get(name)
-    if needs and device.type not in needs:
-        kinds = " or ".join("CUDA" if kind == "cuda" else kind for kind in needs)
-        told = f"dist_env.backend={name} needs a {kinds} device and none is visible"
-        raise UserError(f"{told}; use dist_env.backend=auto")
-    checks = {
-        "gloo": dist.is_gloo_available,
-        "nccl": dist.is_nccl_available,
-        "xccl": dist.is_xccl_available,
-        "ucc": dist.is_ucc_available,
-        "mpi": dist.is_mpi_available,
-    }
-    registered = set(dist.Backend.backend_list) - {*checks, "undefined", "fake"}
-    usable = sorted({check for check in checks if checks[check]()} | registered)
-    if name in checks and name not in usable:
-        raise UserError(f"dist_env.backend={name}: this torch was built without it; it has: {', '.join(usable)}")
-    if name not in usable:
-        raise UserError(
-            f"dist_env.backend={name}: this torch knows no such backend; it has: {', '.join(usable)} "
-            "(one from another package is there once that package is imported)"
-        )
-    return name if device.type in ("cpu", "mps") else f"cpu:gloo,{device.type}:{name}"
-
-
 def _start_group(
     spec: str, device: torch.device, timeout_minutes: float, init_method: str | None, store: dist.Store | None
 ) -> None:
     import torch
     import torch.distributed as dist
 
+    from automodel.distributed.backends import refuse_shared_devices
+    from automodel.distributed.open_files import allow_open_files
     from automodel.distributed.rendezvous import StartError, meet
 
     global _device
-    if device.type not in ("cpu", "mps"):
-        torch.accelerator.set_device_index(device.index)
     rank, world_size = get_rank_safe(), get_world_size_safe()
+    if world_size > 1:
+        allow_open_files(world_size, is_main=rank == 0)
     place: dict[str, Any] = {"rank": rank, "world_size": world_size}
     if init_method is not None or store is not None:
         is_in_url = init_method is not None and "world_size=" in init_method
@@ -228,6 +185,10 @@ def _start_group(
         place["store"] = dist.HashStore()
     else:
         place["store"] = meet(rank, world_size, timeout_minutes)
+    if device.type not in ("cpu", "mps"):
+        if world_size > 1 and init_method is None and store is None:
+            refuse_shared_devices(place["store"], device, rank=rank, world_size=world_size)
+        torch.get_device_module(device.type).set_device(device.index)
     device_id = device if device.type == "cuda" and world_size > 1 else None
     try:
         dist.init_process_group(spec, timeout=timedelta(minutes=timeout_minutes), device_id=device_id, **place)
@@ -237,6 +198,15 @@ def _start_group(
             "Look at the output of the others; if they wait too, see GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME."
         ) from error
     _device = (dist.group.WORLD, device)
+
+
+def _end_at_exit() -> None:
+    """Have the group ended with the interpreter, but for a fork of this process, whose connections are not its own."""
+    global _registered_in
+    if _registered_in == os.getpid():
+        return
+    _registered_in = pid = os.getpid()
+    atexit.register(lambda: destroy_global_state() if os.getpid() == pid else None)
 
 
 def _facts() -> DistInfo:
@@ -307,7 +277,10 @@ def _end_group() -> None:
         ways.append(dist.distributed_c10d._abort_process_group)  # does not wait for anybody
     for way in ways:
         _ending = threading.Thread(target=_try, args=(way,), name="end of the process group", daemon=True)
-        _ending.start()
+        try:
+            _ending.start()
+        except RuntimeError:  # the interpreter ends, and from Python 3.12 on starts no threads then
+            return _try(way)
         _ending.join(DESTROY_SEC / len(ways))
         if not _ending.is_alive():
             return

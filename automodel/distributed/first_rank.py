@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ContextDecorator, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ContextDecorator
 from datetime import timedelta
 from types import TracebackType
 from typing import Literal, TypeVar
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
-from automodel.distributed import watchdog
 from automodel.distributed.dist_info import get_local_rank_preinit, get_rank_safe, get_store, get_world_size_safe
 from automodel.distributed.ordering import PeerError, portable
 from automodel.distributed.rendezvous import meet
+from automodel.distributed.side_group import (
+    TEN_HOURS,
+    _create_gloo_group,
+    fresh_name,
+    no_stall_within,
+)
 from automodel.environment import number_from, slurm_exports
 from automodel.logs import get_logger
-from automodel.types import UserError
+from automodel.types import ExitStatus, UserError
 
 T = TypeVar("T")
 
-TEN_HOURS = timedelta(hours=10)
 REASON_SEC = 1.0
 """How long a rank whose connection broke looks for the reason that another one may give."""
 
 _JOB = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_uses: Counter[str] = Counter()
 _open_turns: list[_Turn] = []
+_hook: Callable[[type[BaseException], BaseException, TracebackType | None], None] | None = None
 
 
 class FirstRankPerNode(ContextDecorator):
@@ -46,7 +48,8 @@ class FirstRankPerNode(ContextDecorator):
     MASTER_PORT are set or follow from a SLURM step; with nothing there, the block simply runs.
 
     An error in the block, of any kind, ends the block on every rank: where a first rank fails, the ranks that
-    wait for it raise instead of running the block. The failing rank raises its own error.
+    wait for it raise instead of running the block. The failing rank raises its own error. Where nobody handles it, the
+    process ends at once, and with it the waits of ranks that do not take part.
 
     Args:
         timeout: how long each wait may take: for the ranks to come, for the first ranks, and for the others.
@@ -65,15 +68,39 @@ class FirstRankPerNode(ContextDecorator):
     def __enter__(self, timeout: timedelta | None = None) -> bool:
         """Wait for this rank's turn and return whether it is its node's first; ``timeout`` as for the class."""
         turn = _Turn(timeout or self._timeout)
-        turn.begin(self._group)
+        turn.begin(self._group, owns_world=self._try_bootstrap_pg(timeout))
         self._turns.append(turn)
         return turn.is_first
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> Literal[False]:
+        if error is not None:
+            _end_if_unhandled()
         self._turns.pop().end(error)
         return False
+
+    def _try_bootstrap_pg(self, timeout: timedelta | None = None) -> bool:
+        """Start a gloo process group from the environment if there is none, and return whether one was started.
+
+        All ranks that the environment speaks of must call it. In a SLURM step, torchrun's variables are exported.
+        ``timeout`` as for the class.
+        """
+        if dist.is_initialized():
+            return False
+        os.environ.update(slurm_exports(os.environ))
+        if not all(name in os.environ for name in _JOB):
+            return False
+        timeout = timeout or self._timeout
+        rank, world_size = get_rank_safe(), get_world_size_safe()
+        started, minutes = time.monotonic(), timeout.total_seconds() / 60
+        try:
+            store = meet(rank, world_size, minutes)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+        except RuntimeError as error:
+            is_late = time.monotonic() - started > 0.9 * 60 * minutes
+            raise (TimeoutError if is_late else PeerError)(str(error)) from error
+        return True
 
 
 def node_group(timeout: timedelta = TEN_HOURS) -> dist.ProcessGroup:
@@ -104,9 +131,9 @@ class _Turn:
         self._num_meetings = 0
         self._owns_world = False
 
-    def begin(self, group: dist.ProcessGroup | None) -> None:
+    def begin(self, group: dist.ProcessGroup | None, *, owns_world: bool) -> None:
         """Find the other ranks, and wait for the first of every node if this is not one."""
-        self._owns_world = _try_bootstrap_pg(self._timeout)
+        self._owns_world = owns_world
         try:
             if dist.is_initialized():
                 self._join(group)
@@ -141,7 +168,7 @@ class _Turn:
             return
         if len(self.ranks) == 1:
             return
-        self._store = dist.PrefixStore(_fresh_name("first_rank/turn", self.ranks), _store())
+        self._store = dist.PrefixStore(fresh_name("first_rank/turn", self.ranks), get_store())
         self._group = self._meet(lambda: _create_gloo_group(self._timeout, self.ranks), "all ranks to come")
         rank, local_rank = dist.get_rank(), get_local_rank_preinit()
         node = _node(rank, local_rank)
@@ -176,7 +203,7 @@ class _Turn:
         self._num_meetings += 1
         started = time.monotonic()
         try:
-            with _no_stall_within(self._timeout):
+            with no_stall_within(self._timeout):
                 self._store.set(f"{self._num_meetings}/{dist.get_rank()}", "here")
                 return collective()
         except RuntimeError as error:
@@ -213,67 +240,23 @@ class _Turn:
             dist.destroy_process_group()
 
 
-def _create_gloo_group(timeout: timedelta = TEN_HOURS, ranks: Sequence[int] | None = None) -> dist.ProcessGroup | None:
-    """Return a new gloo group of ``ranks`` (all by default) with its own ``timeout``; None without a process group.
+def _end_if_unhandled() -> None:
+    """Have this process end at once after an error that nobody handles.
 
-    Only the members call it, which is why ``torch.distributed.new_group`` is not used: it either needs all ranks
-    of the job, or (``use_local_synchronization``) names the group after the number of groups that a rank has, so
-    that members with unequal numbers never meet, and a name that comes again finds the old addresses in the store.
+    The end of the interpreter would wait for threads, while ranks outside of the block wait for this one.
     """
-    if not dist.is_initialized():
-        return None
-    rank = dist.get_rank()
-    ranks = sorted(ranks) if ranks is not None else list(range(dist.get_world_size()))
-    name = _fresh_name("first_rank/group", ranks)
-    group, _ = distributed_c10d._new_process_group_helper(
-        len(ranks), ranks.index(rank), ranks, dist.Backend("gloo"), _store(), name, timeout=timeout
-    )
-    distributed_c10d._world.pg_group_ranks[group] = {member: index for index, member in enumerate(ranks)}
-    return group
+    global _hook
+    hook = sys.excepthook
+    if hook is _hook:
+        return
 
+    def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        hook(kind, error, trace)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ExitStatus.FAILED)
 
-def _barrier_with_timeout(timeout: timedelta, group: dist.ProcessGroup | None = None) -> bool:
-    """Return whether all ranks of ``group`` (all by default) came within ``timeout``: the same answer to all of them.
-
-    Each of them must call it. It waits at the job's store and not in a collective, so that ``timeout`` counts
-    whatever the group's own one is, and the group can still be used after a False. A rank that comes late hears
-    False at once.
-    """
-    if not dist.is_initialized():
-        return True
-    ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-    if len(ranks) == 1:
-        return True
-    try:
-        store = dist.PrefixStore(_fresh_name("first_rank/barrier", ranks), _store())
-        if store.add("num_arrived", 1) == len(ranks):
-            store.compare_set("verdict", "", "met")
-        with _no_stall_within(timeout), suppress(RuntimeError):
-            store.wait(["verdict"], timeout)
-        return store.compare_set("verdict", "", "late") == b"met"
-    except RuntimeError:  # the store has gone with its host
-        return False
-
-
-def _try_bootstrap_pg(timeout: timedelta = TEN_HOURS) -> bool:
-    """Start a gloo process group from the environment if there is none, and return whether one was started.
-
-    All ranks that the environment speaks of must call it. In a SLURM step, torchrun's variables are exported.
-    """
-    if dist.is_initialized():
-        return False
-    os.environ.update(slurm_exports(os.environ))
-    if not all(name in os.environ for name in _JOB):
-        return False
-    rank, world_size = get_rank_safe(), get_world_size_safe()
-    started, minutes = time.monotonic(), timeout.total_seconds() / 60
-    try:
-        store = meet(rank, world_size, minutes)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
-    except RuntimeError as error:
-        is_late = time.monotonic() - started > 0.9 * 60 * minutes
-        raise (TimeoutError if is_late else PeerError)(str(error)) from error
-    return True
+    sys.excepthook = _hook = end
 
 
 def _node(rank: int, local_rank: int) -> tuple[str, int]:
@@ -281,26 +264,3 @@ def _node(rank: int, local_rank: int) -> tuple[str, int]:
     node = number_from(os.environ, ("GROUP_RANK", "SLURM_NODEID"), default=-1)
     # Without a number of the node, ranks are taken to be numbered node by node, each from local rank 0.
     return ("number", node) if node >= 0 else ("rank of local rank 0", rank - local_rank)
-
-
-def _store() -> dist.Store:
-    """Return a connection of our own to the job's store: a long wait would hold up whoever shares it."""
-    return get_store().clone()
-
-
-def _fresh_name(purpose: str, ranks: Sequence[int]) -> str:
-    """Return a name that these ranks have in common and never had before; each must ask for it equally often."""
-    key = f"{purpose}/{hashlib.sha256(json.dumps(list(ranks)).encode()).hexdigest()[:16]}"
-    _uses[key] += 1
-    return f"{key}/{_uses[key]}"
-
-
-@contextmanager
-def _no_stall_within(timeout: timedelta) -> Iterator[None]:
-    """Have the watchdog take a wait as long as ``timeout`` for nothing unusual."""
-    before = watchdog._limit_sec
-    watchdog._limit_sec = max(before, timeout.total_seconds())
-    try:
-        yield
-    finally:
-        watchdog._limit_sec = before

@@ -8,16 +8,61 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
+from automodel.distributed.dist_info import get_store
+from automodel.distributed.reduce import wait_for
+from automodel.distributed.side_group import NAME_PREFIX
 from automodel.distributed.watchdog import set_stall_limit
 from automodel.types import UserError
 
 T = TypeVar("T")
 
+_STOP = "stop/requested"
+
 
 class PeerError(RuntimeError):
     """What another rank failed at; the traceback is that rank's to show."""
+
+
+class CutShort(Exception):
+    """Raised on every rank where long work ended early because a rank was asked to stop."""
+
+
+class StopPoll:
+    """Tells ranks in the midst of long work, such as an evaluation, that one of them was asked to stop.
+
+    Args:
+        wants_stop: whether this rank was asked to.
+    """
+
+    def __init__(self, wants_stop: Callable[[], bool]) -> None:
+        self._wants_stop = wants_stop
+        self._vote: tuple[torch.Tensor, dist.Work] | None = None
+
+    def raise_if_agreed(self) -> None:
+        """Raise CutShort on every rank where one of them was asked to; all ranks must call it equally often.
+
+        The ranks vote on the host, and hear at a call how the vote of the call before went: so nobody waits for it.
+        """
+        if dist.get_world_size() == 1:
+            if self._wants_stop():
+                raise CutShort
+            return
+        before, flag = self._vote, torch.tensor(int(self._wants_stop()))
+        self._vote = (flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True))
+        if before is not None:
+            wait_for(before[1])
+            if before[0].item():
+                raise CutShort
+
+    def is_heard(self) -> bool:
+        """Return whether this rank was asked to, or has heard that another one was; ranks need not call it together."""
+        wants_stop = self._wants_stop()
+        if wants_stop:
+            get_store().set(_STOP, "1")
+        return wants_stop or get_store().check([_STOP])
 
 
 def run_on_main(action: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> T:
@@ -42,12 +87,14 @@ def run_on_main(action: Callable[[], T], *, group: dist.ProcessGroup | None = No
 
 
 def set_collective_timeout(timeout_minutes: float) -> None:
-    """Set how long the collectives of the main process group may take from now on; every rank should call it.
+    """Set how long collectives may take from now on, in the main group and those of meshes; every rank should call it.
 
-    The watchdog tells of a stall shortly before that.
+    The watchdog tells of a stall shortly before that. Groups beside the training's keep their own time-outs.
     """
     set_stall_limit(timeout_minutes)
-    dist.distributed_c10d._set_pg_timeout(timedelta(minutes=timeout_minutes), dist.group.WORLD)
+    for group, name in dist.distributed_c10d._world.pg_names.items():
+        if not name.startswith(NAME_PREFIX):
+            dist.distributed_c10d._set_pg_timeout(timedelta(minutes=timeout_minutes), group)
 
 
 @contextmanager

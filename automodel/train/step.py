@@ -101,7 +101,8 @@ def train_step(
     """
     # On the host, where gloo sums them over the ranks while the backward runs: the device is never waited for.
     counts = torch.tensor([*_count_tokens(micro_batches), int(wants_stop)], dtype=torch.int64)
-    counts_ready = dist.all_reduce(counts, group=config.dp_group, async_op=True)
+    # Over all ranks, since those of a tensor-parallel group must hear of a stop as well.
+    counts_ready = dist.all_reduce(counts, async_op=True)
 
     losses = []
     for index, batch in enumerate(micro_batches):
@@ -115,6 +116,7 @@ def train_step(
 
     loss_sum = sum_losses(losses, device=config.device, dp_group=config.dp_group)
     wait_for(counts_ready)
+    counts[:2] //= dist.get_world_size() // dist.get_world_size(config.dp_group)  # each of which has counted its rows
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     num_averaged = num_ranks_averaged(model, dist.get_world_size(config.dp_group))
     # It stays on the host, which knows the counts: a copy to the device would wait for the whole backward, and a scalar

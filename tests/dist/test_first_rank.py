@@ -19,12 +19,10 @@ import torch.distributed as dist
 from automodel.distributed import initialize_distributed
 from automodel.distributed.first_rank import (
     FirstRankPerNode,
-    _barrier_with_timeout,
-    _create_gloo_group,
-    _try_bootstrap_pg,
     barrier_and_log,
 )
 from automodel.distributed.ordering import PeerError
+from automodel.distributed.side_group import _barrier_with_timeout, _create_gloo_group
 from automodel.distributed.watchdog import start_watchdog
 from automodel.types import UserError
 from tests.dist.pool import RankPool, run_fresh
@@ -385,7 +383,7 @@ def no_job(monkeypatch):
 
 
 def test_a_single_process_goes_first_and_waits_for_nobody(no_job, caplog):
-    assert not _try_bootstrap_pg()
+    assert not FirstRankPerNode()._try_bootstrap_pg()
     assert _create_gloo_group() is None
     assert _barrier_with_timeout(timedelta(seconds=1))
     with FirstRankPerNode() as is_first:

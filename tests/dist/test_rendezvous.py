@@ -98,6 +98,7 @@ def more_ranks_than_devices(monkeypatched: None = None) -> tuple[str, str, float
     torch.accelerator.is_available = lambda: True
     torch.accelerator.current_accelerator = lambda: torch.device("cuda")
     torch.accelerator.device_count = lambda: 1
+    dist.is_nccl_available = lambda: True
     return start(backend="auto")
 
 

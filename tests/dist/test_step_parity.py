@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
 from automodel.data.collate import CausalLMCollator
@@ -65,6 +66,21 @@ def one_step(
     (micro_batches,) = loader.steps_of(0)
     result = train_step(model, micro_batches, loss_fn=CrossEntropy(), optimizer=catcher, config=config)
     return (result.loss_sum / result.num_label_tokens).item(), result.grad_norm.item(), catcher.caught
+
+
+def stop_requests(strategy_name: str) -> int:
+    model, _, dp = parallel_model(strategy_name)
+    config = StepConfig(torch.device("cpu"), dp.group, True, None, nullcontext)
+    batch = CausalLMCollator(0)(uneven_rows(1))
+    wants_stop = dist.get_rank() == 1
+    return train_step(
+        model, [batch], loss_fn=CrossEntropy(), optimizer=GradientCatcher(model), config=config, wants_stop=wants_stop
+    ).num_stop_requests
+
+
+@pytest.mark.parametrize(("world", "strategy"), [(2, "ddp"), (2, "tp2"), (4, "hsdp x tp2")])
+def test_every_rank_hears_that_one_was_asked_to_stop(ranks, world, strategy):
+    assert ranks[world].run(stop_requests, strategy) == [1] * world
 
 
 LAYOUTS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from datetime import timedelta
 
 import pytest
 import torch
@@ -14,12 +15,15 @@ from automodel.distributed import clip_gradients, dp_eval_sample_shard, get_sync
 from automodel.distributed.ddp import DDP
 from automodel.distributed.fsdp2 import FSDP2
 from automodel.distributed.gradients import total_grad_norm
+from automodel.distributed.mesh import data_parallel
+from automodel.distributed.ordering import set_collective_timeout
+from automodel.distributed.side_group import _create_gloo_group
 from automodel.distributed.megatron_fsdp import MegatronFSDP
 from automodel.distributed.tensor_parallel import apply_tensor_parallel
 from automodel.models.adapters import LoRA
 from automodel.types import UserError
 from tests.dist.pool import RankPool
-from tests.dist.tiny import cpu_info, full, parallel_model, tiny_llama
+from tests.dist.tiny import STRATEGIES, cpu_info, full, parallel_model, tiny_llama
 
 
 def counted(strategy: str, num_micro_batches: int, defer: bool) -> dict[str, int]:
@@ -159,6 +163,43 @@ def clipped_to(norm_type: float) -> float:
 @pytest.mark.parametrize("norm_type", [2.0, float("inf")])
 def test_clipping_holds_for_other_norms(two_ranks, norm_type):
     assert two_ranks.run(clipped_to, norm_type) == pytest.approx([0.5, 0.5], rel=1e-4)
+
+
+def timeouts(strategy: str) -> tuple[set[float], set[float]]:
+    _, _, dp = parallel_model(strategy)
+    side = _create_gloo_group(timedelta(minutes=7))
+    before = set(dist.distributed_c10d._world.pg_names)
+    set_collective_timeout(3)
+    own = side._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    found = {
+        group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in before - {side}
+    }
+    dist.destroy_process_group(side)
+    set_collective_timeout(2)  # as the tests' ranks began
+    return found, {own}
+
+
+@pytest.mark.parametrize("strategy", ["hsdp", "tp2", "hsdp x tp2"])
+def test_every_group_of_a_mesh_has_the_configured_time_out_and_those_beside_it_their_own(four_ranks, strategy):
+    assert four_ranks.run(timeouts, strategy) == [({180.0}, {420.0})] * 4
+
+
+def groups_made(strategy: str) -> list[int]:
+    before = set(dist.distributed_c10d._world.pg_names)
+    mesh = STRATEGIES[strategy].build_mesh(cpu_info())
+    data_parallel(mesh)
+    made = set(dist.distributed_c10d._world.pg_names) - before
+    assert [mesh.get_group(axis).size() for axis in mesh.mesh_dim_names] == list(mesh.shape)
+    return sorted(len(dist.get_process_group_ranks(group)) for group in made)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sizes"),
+    [("ddp", [1]), ("fsdp2", [1]), ("hsdp", [1, 2, 2]), ("tp2", [1, 2, 2]), ("hsdp x tp2", [1, 2, 2, 2])],
+)
+def test_a_mesh_makes_no_second_group_of_the_same_ranks(four_ranks, strategy, sizes):
+    # An axis of all ranks is the main group; one group stands for every axis of a single rank.
+    assert four_ranks.run(groups_made, strategy) == [sizes] * 4
 
 
 def heads(num_kv_heads: int, model_type: str) -> str:
