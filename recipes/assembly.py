@@ -35,7 +35,7 @@ from automodel.data.loader import Collate, Loader, TrainLoader
 from automodel.distributed.dist_info import DistInfo
 from automodel.distributed.first_rank import FirstRankPerNode
 from automodel.distributed.mesh import DataParallel, Strategy, data_parallel
-from automodel.distributed.ordering import collective_timeout, everywhere, run_on_main
+from automodel.distributed.ordering import collective_timeout, everywhere, run_on_main, set_collective_timeout
 from automodel.distributed.watchdog import mark
 from automodel.distributed.wrappers import is_peft_model, unwrap
 from automodel.loggers.fanout import MetricSink, open_loggers
@@ -72,6 +72,7 @@ class Job:
         self.strategy = build(self.cfg.distributed)
         self.mesh = self.strategy.build_mesh(self.dist_info)
         self.dp = data_parallel(self.mesh)
+        set_collective_timeout(self.cfg.dist_env.init_timeout_minutes)  # of the groups of the mesh too
 
     @property
     def autocast(self) -> Callable[[], Any]:
@@ -169,10 +170,11 @@ def build_loop(
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     facts = _resume_facts(cfg, fingerprint) | (resume_facts or {})
     resume_from, metrics_size = _choose_start(job, facts)
-    rng = None
+    rng, is_evaluation_due = None, False
     if resume_from is not None:
         saved, rng = load_checkpoint(resume_from, TrainState(model, optimizer))
         steps.step = saved["step"]
+        is_evaluation_due = saved.get("is_evaluation_due", False)
         loader.load_state_dict(saved["loader"])
         log.info("resumed from %s, at step %d", resume_from, steps.step)
         for _ in range(steps.step):  # a schedule depends on the steps alone, so a changed one applies at once
@@ -202,6 +204,7 @@ def build_loop(
         resume_facts=facts,
         on_non_finite=cfg.on_non_finite,
         dump_folder=job.run_dir.path,
+        is_evaluation_due=is_evaluation_due and bool(evaluators),
     )
     if cfg.checkpoint.enabled and info.is_main:
         warn_of_little_room(job.run_dir.path, expected_bytes(model, build(cfg.optimizer)))

@@ -44,10 +44,11 @@ def run(job: Job) -> None:
             measure=measure_classification(loss_fn, len(train_rows.label_names)),
             summarize=summarize_classification,
         )
+        place = {"device": info.device, "dp_group": job.dp.group}
         evaluators.append(
             Evaluator(
                 validation.name,
-                lambda: validate(model, validation, device=info.device, dp_group=job.dp.group, autocast=job.autocast),
+                lambda poll: validate(model, validation, **place, autocast=job.autocast, poll=poll),
             )
         )
     loop = build_loop(

@@ -13,7 +13,7 @@ from automodel.data.collate import CausalLMCollator, PackedCollator
 from automodel.data.loader import ValidationBatches
 from automodel.data.train_set import TrainSet
 from automodel.distributed.mesh import dp_eval_sample_shard
-from automodel.distributed.ordering import everywhere
+from automodel.distributed.ordering import StopPoll, everywhere
 from automodel.distributed.watchdog import mark
 from automodel.distributed.wrappers import unwrap
 from automodel.eval.generation import GenerationEvaluation, GenerationScores
@@ -54,7 +54,7 @@ def run(job: Job) -> None:
     evaluators: list[Evaluator] = []
     if data.validation is not None:
         evaluator = _Evaluator(job, model, tokenizer, data=data, collate=collate, loss_fn=loss_fn)
-        evaluators.append(Evaluator("validation", lambda: evaluator.run(scores)))
+        evaluators.append(Evaluator("validation", lambda poll: evaluator.run(scores, poll)))
     loop = build_loop(
         job,
         model,
@@ -66,8 +66,7 @@ def run(job: Job) -> None:
     )
     if data.train_set is not None and (len(data.sources) > 1 or data.pack_length):
         log.info("an epoch\n%s", as_text(_shares(data.train_set)))
-    if cfg.evaluation and loop.steps.step == 0:
-        loop.evaluate()
+    loop.is_evaluation_due |= cfg.evaluation is not None and loop.steps.step == 0
     train_and_export(job, loop, tokenizer=tokenizer)
     if scores:
         _report(scores)
@@ -139,12 +138,11 @@ class _Evaluator:
             measure=measure_loss(loss_fn),
         )
 
-    def run(self, scores: list[GenerationScores]) -> dict[str, Any]:
+    def run(self, scores: list[GenerationScores], poll: StopPoll) -> dict[str, Any]:
         """Return the validation record's entries, and append to ``scores`` what generation gave."""
         job = self.job
-        record = validate(
-            self.model, self.validation, device=job.dist_info.device, dp_group=job.dp.group, autocast=job.autocast
-        )
+        place = {"device": job.dist_info.device, "dp_group": job.dp.group}
+        record = validate(self.model, self.validation, **place, autocast=job.autocast, poll=poll)
         if self.generation is None:
             return record
         scores.append(
@@ -153,9 +151,9 @@ class _Evaluator:
                 self.tokenizer,
                 prompts=self.data.validation.prompts,
                 sample_shard=dp_eval_sample_shard(job.strategy, job.dp.rank, job.dp.size),
-                device=job.dist_info.device,
-                dp_group=job.dp.group,
+                **place,
                 stops=self.data.stops,
+                poll=poll,
             )
         )
         return record | scores[-1].metrics()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from automodel.data.rows import Prompt
+    from automodel.distributed.ordering import StopPoll
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,12 @@ class GenerationEvaluation:
         device: torch.device,
         dp_group: dist.ProcessGroup,
         stops: Stops = NO_STOPS,
+        poll: StopPoll | None = None,
     ) -> GenerationScores:
         """Generate and score; every rank must call it with the same prompts.
 
-        What one rank fails at is raised on every rank, or, where the ranks generate together, ends the run.
+        What one rank fails at is raised on every rank, or, where the ranks generate together, ends the run. So is
+        CutShort, where ``poll`` says that a rank was asked to stop.
 
         Args:
             model: as trained, perhaps wrapped.
@@ -70,18 +73,21 @@ class GenerationEvaluation:
         """
         import torch.distributed as dist
 
-        from automodel.distributed.ordering import everywhere
+        from automodel.distributed.ordering import CutShort, everywhere
 
         rank, size = dist.get_rank(dp_group), dist.get_world_size(dp_group)
         is_alone = sample_shard is not None
         prompts = prompts[: self.num_rows]
 
-        def answer() -> list[tuple[int, str]]:
-            return self._answer(model, tokenizer, prompts, share=(rank, size), is_alone=is_alone, device=device)
+        def answer() -> list[tuple[int, str]] | None:
+            place = {"share": (rank, size), "is_alone": is_alone, "device": device}
+            return self._answer(model, tokenizer, prompts, poll=poll, **place)
 
         answers = everywhere(answer) if is_alone else answer()
         gathered: list[Any] = [None] * size
         dist.all_gather_object(gathered, answers, group=dp_group)
+        if None in gathered:
+            raise CutShort
         return self._score(prompts, {index: stops.cut(text) for part in gathered for index, text in part})
 
     def _answer(
@@ -93,8 +99,9 @@ class GenerationEvaluation:
         share: tuple[int, int],
         is_alone: bool,
         device: torch.device,
-    ) -> list[tuple[int, str]]:
-        """Return (index, answer) for this rank's share of the prompts."""
+        poll: StopPoll | None,
+    ) -> list[tuple[int, str]] | None:
+        """Return (index, answer) for this rank's share of the prompts; None if it was cut short, alone."""
         from automodel.distributed.wrappers import is_megatron_fsdp, unwrap
         from automodel.screen import progress
 
@@ -109,6 +116,10 @@ class GenerationEvaluation:
         try:
             with progress(len(prompts), description="generating answers") as bar:
                 for start in range(0, len(prompts), self.batch_size * size):
+                    if poll is not None and is_alone and poll.is_heard():
+                        return None
+                    if poll is not None and not is_alone:
+                        poll.raise_if_agreed()
                     first = start + rank * self.batch_size
                     chosen = range(first, min(first + self.batch_size, len(prompts)))
                     if not chosen and is_alone:

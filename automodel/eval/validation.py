@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from automodel.distributed.ordering import StopPoll
 from automodel.distributed.reduce import sum_on_host
 from automodel.losses.cross_entropy import CrossEntropy
 from automodel.screen import progress
@@ -53,14 +54,21 @@ def validate(
     device: torch.device,
     dp_group: dist.ProcessGroup,
     autocast: Callable[[], AbstractContextManager],
+    poll: StopPoll | None = None,
 ) -> dict[str, float | int]:
-    """Return ``loss``, ``num_label_tokens`` and ``metric/NAME`` over the whole set; every rank must call it."""
+    """Return ``loss``, ``num_label_tokens`` and ``metric/NAME`` over the whole set; every rank must call it.
+
+    Raises:
+        CutShort: on every rank, where ``poll`` says that one of them was asked to stop.
+    """
     was_training = model.training
     model.eval()
     total: Sums = {}
     sums_device = torch.device("cpu") if device.type == "mps" else device  # mps has no double precision
     try:
         for batch in _shown(validation):
+            if poll is not None:
+                poll.raise_if_agreed()
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             with autocast():
                 sums = validation.measure(model, batch)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 
 from automodel.checkpoint.training import Checkpointer, TrainState
 from automodel.data.loader import Loader
-from automodel.distributed.ordering import collective_timeout, set_collective_timeout
+from automodel.distributed.ordering import CutShort, StopPoll, collective_timeout, set_collective_timeout
 from automodel.distributed.reduce import read
 from automodel.distributed.watchdog import mark
 from automodel.loggers.fanout import MetricSink
@@ -50,10 +50,13 @@ class RunStopped(Exception):
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Something measured during training: ``run`` returns the entries of a validation record on every rank."""
+    """Something measured during training: ``run`` returns the entries of a validation record on every rank.
+
+    It is given what says that a rank was asked to stop, and may raise CutShort on every rank then.
+    """
 
     name: str
-    run: Callable[[], dict[str, Any]]
+    run: Callable[[StopPoll], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class TrainLoop:
         metrics_size: the length in bytes of the metrics file, noted in every checkpoint.
         resume_facts: what decides the rows of each step, noted in every checkpoint.
         dump_folder: where the batch of a step that was not finite is kept.
+        is_evaluation_due: whether the evaluation of the current step is still to come, because the run begins with it
+            or was stopped before or during it.
     """
 
     model: torch.nn.Module
@@ -94,6 +99,7 @@ class TrainLoop:
     resume_facts: dict[str, Any]
     on_non_finite: Literal["stop", "skip"]
     dump_folder: Path
+    is_evaluation_due: bool = False
     _unread: tuple[int, StepResult, list[Batch]] | None = field(default=None, init=False)
     _last_loss: float = field(default=float("nan"), init=False)
     _scores: tuple[int, dict[str, float]] = field(default=(0, {}), init=False)
@@ -119,6 +125,11 @@ class TrainLoop:
         self.model.train()
         first_step = self.steps.step + 1
         with StopRequest() as stop, progress(self.steps.total_steps, description="training", is_logged=False) as bar:
+            poll = StopPoll(lambda: stop.is_set)
+            if self.is_evaluation_due:
+                self.evaluate(poll)
+                if self.is_evaluation_due and self.steps.step > 0:
+                    self._save_and_stop()
             batches = self._batches()
             while not self.steps.is_last_step:
                 mark("training", step=self.steps.step + 1)
@@ -132,7 +143,7 @@ class TrainLoop:
                 if self.steps.is_log_step:
                     self._log(result, lr)
                 bar.update(self.steps.step, f"loss {self._last_loss:.4f}")
-                self._evaluate_and_save(result)
+                self._evaluate_and_save(poll, must_stop=result.num_stop_requests > 0 and not self.steps.is_last_step)
             self._read_flag()
 
     def _batches(self) -> Iterator[list[Batch]]:
@@ -147,17 +158,26 @@ class TrainLoop:
                 )
             yield micro_batches
 
-    def evaluate(self) -> None:
-        """Run every evaluator and log its record; every rank must call it."""
+    def evaluate(self, poll: StopPoll) -> None:
+        """Run every evaluator and log its record; every rank must call it.
+
+        Where a rank is asked to stop meanwhile, nothing is logged and the evaluation stays due.
+        """
         mark("evaluating", step=self.steps.step)
+        self.is_evaluation_due = True
+        try:
+            results = [(evaluator.name, evaluator.run(poll)) for evaluator in self.evaluators]
+        except CutShort:
+            log.info("the evaluation at step %d is cut short by a signal", self.steps.step)
+            return
+        self.is_evaluation_due = False
         self._scores = (self.steps.step, {})
-        for evaluator in self.evaluators:
-            result = evaluator.run()
-            record = {"kind": "validation", "name": evaluator.name, "step": self.steps.step}
+        for name, result in results:
+            record = {"kind": "validation", "name": name, "step": self.steps.step}
             self.sink.log(record | result | {"timestamp": _now()})
             self._scores[1].update(_headline(result))
-            figures = ", ".join(f"{name.removeprefix('metric/')} {value:.4f}" for name, value in _headline(result))
-            log.info("%s at step %d: %s", evaluator.name, self.steps.step, figures)
+            figures = ", ".join(f"{key.removeprefix('metric/')} {value:.4f}" for key, value in _headline(result))
+            log.info("%s at step %d: %s", name, self.steps.step, figures)
 
     def _train_step(self, micro_batches: list[Batch], stop: StopRequest) -> tuple[StepResult, float]:
         lr = self.lr_scheduler.get_last_lr()[0]
@@ -216,28 +236,34 @@ class TrainLoop:
             self.steps.step, self.steps.total_steps, loss, record["grad_norm"], lr, record["tokens_per_sec"],
         )  # fmt: skip
 
-    def _evaluate_and_save(self, result: StepResult) -> None:
-        must_stop = result.num_stop_requests > 0 and not self.steps.is_last_step
-        is_save_due = self.steps.is_ckpt_step or must_stop
-        is_val_due = self.steps.is_val_step and not must_stop
-        if not (is_val_due or is_save_due):
+    def _evaluate_and_save(self, poll: StopPoll, *, must_stop: bool) -> None:
+        self.is_evaluation_due = self.steps.is_val_step
+        if not (self.is_evaluation_due or self.steps.is_ckpt_step or must_stop):
             return
         with collective_timeout(self.timeouts.slow_phase, then_minutes=self.timeouts.training):
-            if is_val_due:
-                self.evaluate()
-            if is_save_due and self.checkpointer is not None:
+            if self.is_evaluation_due and not must_stop:
+                self.evaluate(poll)
+            if must_stop or self.is_evaluation_due:
+                self._save_and_stop()
+            if self.steps.is_ckpt_step and self.checkpointer is not None:
                 self._read_flag()
                 self._save()
-                if must_stop or self.steps.is_last_step:
+                if self.steps.is_last_step:
                     self.checkpointer.finish(must_be_saved=True)
-        if must_stop:
-            raise RunStopped(self.steps.step, is_saved=self.checkpointer is not None)
+
+    def _save_and_stop(self) -> NoReturn:
+        if self.checkpointer is not None:
+            self._read_flag()
+            self._save()
+            self.checkpointer.finish(must_be_saved=True)
+        raise RunStopped(self.steps.step, is_saved=self.checkpointer is not None)
 
     def _save(self) -> None:
         mark("saving", step=self.steps.step)
         place = {"step": self.steps.step, "loader": self.loader.state_dict(), "metrics_size": self.metrics_size()}
         measured_at, metrics = self._scores
         outcome = {"metrics": metrics if measured_at == self.steps.step else {}, "total_steps": self.steps.total_steps}
+        outcome["is_evaluation_due"] = self.is_evaluation_due
         state = TrainState(self.model, self.optimizer)
         self.checkpointer.save(state, progress=self.resume_facts | place | outcome, rng=rng_state())
 

@@ -16,6 +16,7 @@ from automodel.checkpoint.retention import Retention
 from automodel.checkpoint.training import Checkpointer, TrainState, load_checkpoint
 from automodel.data.collate import CausalLMCollator
 from automodel.data.loader import TrainLoader
+from automodel.distributed.dist_info import get_store
 from automodel.eval.generation import GenerationEvaluation
 from automodel.losses.cross_entropy import CrossEntropy
 from automodel.models.char_tokenizer import build_char_tokenizer
@@ -135,6 +136,44 @@ def failing_answers() -> str:
     except (PeerError, KeyError) as error:
         return str(error)
     return ""
+
+
+def answers_cut_short(strategy: str) -> tuple[bool, int]:
+    from automodel.data.rows import Prompt
+    from automodel.distributed import dp_eval_sample_shard
+    from automodel.distributed.ordering import CutShort, StopPoll
+
+    rounds = []
+
+    class Counting(GenerationEvaluation):
+        def _generate(self, *args: Any, **options: Any) -> list[str]:
+            rounds.append(1)
+            if strategy == "ddp" and len(rounds) == 2 and dist.get_rank() == 0:
+                get_store().wait(["stop/requested"])  # these ranks do not go together
+            return super()._generate(*args, **options)
+
+    model, layout, dp = parallel_model(strategy)
+    prompts = [Prompt(prompt_ids=[3, 4], question="", answer="", kind=None)] * 40
+    try:
+        Counting(batch_size=1, max_new_tokens=1).run(
+            model, build_char_tokenizer(), prompts=prompts, sample_shard=dp_eval_sample_shard(layout, dp.rank, dp.size),
+            device=torch.device("cpu"), dp_group=dp.group,
+            poll=StopPoll(lambda: dist.get_rank() == 1 and len(rounds) >= 1),
+        )  # fmt: skip
+    except CutShort:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            get_store().delete_key("stop/requested")
+        dist.barrier()
+        return True, len(rounds)
+    return False, len(rounds)
+
+
+@pytest.mark.parametrize(("world", "strategy"), [(2, "ddp"), (2, "fsdp2"), (4, "tp2")])
+def test_answering_ends_on_every_rank_when_one_is_asked_to_stop(ranks, world, strategy):
+    results = ranks[world].run(answers_cut_short, strategy)
+    assert all(is_cut for is_cut, _ in results)
+    assert max(num_rounds for _, num_rounds in results) <= 3  # of 10 to 20
 
 
 def test_what_one_rank_fails_at_while_answering_reaches_all(two_ranks):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from automodel.data.collate import CausalLMCollator
 from automodel.data.loader import ValidationBatches
+from automodel.distributed.ordering import CutShort, StopPoll
 from automodel.eval.validation import (
     Validation,
     measure_classification,
@@ -41,6 +42,34 @@ def validated(strategy: str, num_rows: int, batch_size: int) -> dict[str, float]
     )
     assert model.training
     return record
+
+
+def cut_short(strategy: str) -> tuple[bool, int, bool]:
+    model, _, dp = parallel_model(strategy)
+    measured = []
+
+    def measure(model, batch):
+        measured.append(1)
+        return {"loss_sum": torch.zeros(()), "num_label_tokens": torch.ones(())}
+
+    batches = ValidationBatches(
+        uneven_rows(40), collate=CausalLMCollator(0), batch_size=1, dp_rank=dp.rank, dp_size=dp.size
+    )
+    poll = StopPoll(lambda: dist.get_rank() == 1 and len(measured) >= 2)
+    try:
+        validate(
+            model, Validation("validation", batches, measure),
+            device=torch.device("cpu"), dp_group=dp.group, autocast=nullcontext, poll=poll,
+        )  # fmt: skip
+    except CutShort:
+        return True, len(measured), model.training
+    return False, len(measured), model.training
+
+
+@pytest.mark.parametrize(("world", "strategy"), [(2, "ddp"), (2, "tp2"), (4, "hsdp x tp2")])
+def test_validation_ends_on_every_rank_when_one_is_asked_to_stop(ranks, world, strategy):
+    # Rank 1 hears in its third batch, says so before it, and all act on that before the one after it.
+    assert ranks[world].run(cut_short, strategy) == [(True, 3, True)] * world
 
 
 def plain_loss(num_rows: int) -> tuple[float, int]:

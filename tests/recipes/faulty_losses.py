@@ -32,6 +32,22 @@ class Slow(CrossEntropy):
         return super().__call__(model, batch)
 
 
+class AskedToStopInEvaluation(CrossEntropy):
+    """Signals the last rank in the second batch of an evaluation after training, and counts those that follow."""
+
+    trained = evaluated = 0
+
+    def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        kind = type(self)
+        kind.trained += model.training
+        kind.evaluated += not model.training and kind.trained > 0
+        if "ASK_TO_STOP" in os.environ and not model.training:
+            assert kind.evaluated <= 4, "the evaluation went on after the signal"
+            if kind.evaluated == 2 and dist.get_rank() == dist.get_world_size() - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return super().__call__(model, batch)
+
+
 class GrowsWithEveryCall(Slow):
     """Depends on how often it was called, which no checkpoint knows."""
 

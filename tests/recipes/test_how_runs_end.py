@@ -128,6 +128,24 @@ def test_a_signal_saves_and_ends_with_75_and_the_run_goes_on(tmp_path, layout):
     assert [record["step"] for record in records(folder)] == list(range(1, stopped_at + 3))
 
 
+@pytest.mark.parametrize("max_steps", [3, 2], ids=["on the way", "at the end"])
+def test_a_signal_in_an_evaluation_cuts_it_short_and_the_next_start_makes_up_for_it(tmp_path, max_steps):
+    argv = [*FAST, f"{LOSSES}AskedToStopInEvaluation", "launch.nproc_per_node=2", "step_scheduler.local_batch_size=2",
+            "step_scheduler.val_every_steps=2", f"step_scheduler.max_steps={max_steps}",
+            "export.enabled=false"]  # fmt: skip
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    run(*argv, f"output_dir={whole}")
+    output = run(*argv, f"output_dir={again}", status=75, ASK_TO_STOP="1")
+    assert "the evaluation at step 2 is cut short by a signal" in output
+    assert [record["step"] for record in records(again)] == [1, 2]
+    assert 2 not in [record["step"] for record in records(again, "validation")]
+    assert (again / "checkpoints" / "latest").resolve().name == "step_00000002"
+    run(*argv, f"output_dir={again}")
+    for kind in ("train", "validation"):
+        before, after = records(whole, kind), records(again, kind)
+        assert [(record["step"], record["loss"]) for record in after] == [(r["step"], r["loss"]) for r in before]
+
+
 def test_a_second_writer_is_refused(tmp_path):
     folder = tmp_path / "run"
     argv = [*FAST, f"{LOSSES}Slow", "step_scheduler.max_steps=200", f"output_dir={folder}"]
