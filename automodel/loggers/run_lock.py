@@ -121,13 +121,15 @@ class RunLock:
     def _hold(self, path: Path, wait_sec: float) -> None:
         try:
             self._wait_for(path, lambda passed_sec: self._lock(path), wait_sec)
+            if not self._owner_file.exists():  # there is one where another node could not lock
+                return
         except OSError as error:
             log.warning(
                 "output_dir=%s: its file system has no locks (%s); %s says instead that a run writes here",
                 path.parent, error.strerror, self._owner_file.name,
             )  # fmt: skip
-            self._wait_for(self._owner_file, self._own, wait_sec)
-            threading.Thread(target=self._beat, name="run lock", daemon=True).start()
+        self._wait_for(self._owner_file, self._own, wait_sec)
+        threading.Thread(target=self._beat, name="run lock", daemon=True).start()
 
     def _wait_for(self, path: Path, attempt: Callable[[float], bool], wait_sec: float) -> None:
         """Call ``attempt`` with the seconds passed until it succeeds, or the holder is not worth waiting for."""

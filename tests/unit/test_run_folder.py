@@ -104,6 +104,14 @@ def test_without_locks_a_process_that_ended_here_owns_nothing(tmp_path, without_
     RunDir.open(tmp_path, wait_sec=10).release()
 
 
+def test_a_lock_does_not_outvote_an_owner_that_could_not_lock(tmp_path, without_locks, monkeypatch):
+    without_locks(errno.ENOLCK)
+    run_dir = RunDir.open(tmp_path)
+    monkeypatch.undo()  # the other process can lock
+    assert "is in use by another run" in opened_by_another_process(tmp_path)
+    run_dir.release()
+
+
 def hold_for_a_moment(path: Path, is_held, holder: dict[str, object]) -> None:
     with path.open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
