@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -434,11 +435,18 @@ def test_a_job_that_does_not_meet_is_an_error():
 
 
 def lose(victim: int, in_its_block: bool, folder: Path) -> tuple[str, str]:
-    rank = int(os.environ["RANK"])
+    rank, all_came = int(os.environ["RANK"]), folder.with_suffix(".came")
+
+    def die_while_waiting() -> None:
+        while not all_came.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGKILL)
+
     if rank == victim and not in_its_block:
-        signal.setitimer(signal.ITIMER_REAL, 1)  # its signal ends the process
+        threading.Thread(target=die_while_waiting, daemon=True).start()
     try:
         with FirstRankPerNode(timeout=LONG) as is_first:
+            all_came.touch()
             if rank == victim and in_its_block:
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep((0.5 if in_its_block else 2) if is_first else 0)

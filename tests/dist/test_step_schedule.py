@@ -204,7 +204,7 @@ def rates_of_a_run(not_finite_at: int, folder: str) -> tuple[list[float], list[f
         steps=StepScheduler(6, num_epochs=1, val_every_steps=2),
         loader=loader,
         step_config=step_config(),
-        evaluators=[Evaluator("validation", lambda: {"loss": 1.0})],
+        evaluators=[Evaluator("validation", lambda poll: {"loss": 1.0})],
         checkpointer=None,
         sink=SimpleNamespace(log=records.append),
         meter=Meter(torch.device("cpu"), world_size=1, flops=TrainingFlops()),
