@@ -14,7 +14,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from automodel.config import Config, has_help, help_text, hydra_flags, load_config, sweep_jobs
+from automodel.config import (
+    Config,
+    has_help,
+    help_text,
+    hydra_command_line,
+    hydra_flags,
+    load_command_line,
+    sweep_jobs,
+)
 from automodel.launch.local import LocalLaunch
 from automodel.launch.run_id import default_run_id
 from automodel.launch.submission import forget_interactive_step, submission_of
@@ -37,12 +45,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line ``argv`` (default: this process's) and leave the process with the run's status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if has_help(argv):
-        print(help_text())
+        print(help_text(argv))
         return
     die_with_launcher()
     forget_interactive_step(argv)
     try:
-        cfg = load_config(argv)
+        cfg, argv = load_command_line(argv)
         jobs = sweep_jobs(argv)
     except UserError as error:
         _tell(error, is_shared=False)
@@ -249,7 +257,7 @@ def _show_by_hydra(argv: list[str]) -> None:
     def show_nothing_else(cfg: Any) -> None:
         pass
 
-    sys.argv = [sys.argv[0], *argv]
+    sys.argv = [sys.argv[0], *hydra_command_line(argv)]
     show_nothing_else()
 
 

@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
 from automodel.capabilities import LATER_KEYS
+from automodel.config.arguments import read_arguments
 from automodel.config.check import cross_checks
-from automodel.config.command_line import (
-    compose_command_line,
-    compose_defaults,
-    has_help,
-    hydra_flags,
-    sweep_jobs,
-    without_launch,
-)
+from automodel.config.command_line import compose_command_line, hydra_command_line, without_launch
+from automodel.config.compose import compose_defaults
+from automodel.config.foreign_names import find_foreign
 from automodel.config.help import help_text
 from automodel.config.messages import pydantic_problems
-from automodel.config.names import nearest_key
+from automodel.config.names import key_hint, value_at
 from automodel.config.record import masked, resolved_yaml
 from automodel.config.schema import Config
+from automodel.config.sweep import sweep_jobs
 from automodel.config.targets import check_launch_target, check_recipe, check_target, is_ours, targets_in
 from automodel.types import UserError
 
 __all__ = [
-    "Config", "has_help", "help_text", "hydra_flags", "load_config", "masked", "resolved_yaml", "sweep_jobs",
-    "without_launch",
+    "Config", "has_help", "help_text", "hydra_command_line", "hydra_flags", "load_command_line", "load_config",
+    "masked", "resolved_yaml", "sweep_jobs", "without_launch",
 ]  # fmt: skip
 
 _TARGETS = (
@@ -38,24 +36,42 @@ _TARGETS = (
 )  # fmt: skip
 
 
+def has_help(argv: list[str]) -> bool:
+    """Return whether our help is asked for."""
+    return read_arguments(argv).wants_help
+
+
+def hydra_flags(argv: list[str]) -> bool:
+    """Return whether the command line asks for something that Hydra itself must do."""
+    return bool(read_arguments(argv).show)
+
+
 def load_config(argv: list[str], *, env: Mapping[str, str] = os.environ) -> Config:
     """Compose and check the configuration of a command line (what follows ``python -m automodel.run``).
 
-    Of a sweep, every value is checked and the first combination returned.
+    Of a sweep, every value is checked and the first combination returned. What was chosen for the user is printed.
 
     Raises:
         UserError: with every problem found, a line each.
     """
+    return load_command_line(argv, env=env)[0]
+
+
+def load_command_line(argv: list[str], *, env: Mapping[str, str] = os.environ) -> tuple[Config, list[str]]:
+    """Return the configuration as ``load_config`` does, and the command line with what was chosen written out."""
     composed = compose_command_line(argv)
     problems = list(composed.problems)
     configs = []
     for tree in composed.trees:
         config, found = validate(tree, env)
         configs.append(config)
-        problems += found
+        problems += [line for line in found if not line.startswith(tuple(composed.unresolved))]
+    if env.get("RANK", env.get("SLURM_PROCID", "0")) == "0":
+        for note in composed.notes:
+            print(f"note: {note}", file=sys.stderr)
     if problems:
         raise UserError(*dict.fromkeys(problems))
-    return configs[0]
+    return configs[0], composed.argv
 
 
 def validate(tree: dict[str, Any], env: Mapping[str, str]) -> tuple[Config | None, list[str]]:
@@ -64,7 +80,7 @@ def validate(tree: dict[str, Any], env: Mapping[str, str]) -> tuple[Config | Non
     try:
         config: Config | None = Config.model_validate(tree)
     except ValidationError as error:
-        problems = [_with_hint(line) for line in pydantic_problems(error)]
+        problems = [_with_hint(line, tree) for line in pydantic_problems(error)]
         config = _with_defaults_instead(tree, error)
     sections = _sections(tree)
     problems += [line for name, section in sections for line in _check_ours(name, section)]
@@ -111,15 +127,17 @@ def _check_ours(name: str, section: dict[str, Any]) -> list[str]:
     return check_target(name, section) if is_ours(section) or "_target_" not in section else []
 
 
-def _with_hint(line: str) -> str:
+def _with_hint(line: str, tree: dict[str, Any]) -> str:
     """Add the nearest key to a line about an unknown one, or that it belongs to a later version."""
+    key = line.partition("=")[0]
+    if line.endswith(" must be a section of keys") and (foreign := find_foreign(key)) is not None:
+        return f"{line}; {foreign.hint(value_at(tree, key))}"
     key, _, rest = line.partition(" is not a known key")
     if key == line or rest:
         return line
     if any(key == later or key.startswith(f"{later}.") for later in LATER_KEYS):
         return f"{key} is not available in this version"
-    found = nearest_key(key, _known_keys())
-    return f"{line}; did you mean {found}?" if found else line
+    return f"{line}{key_hint(key, _known_keys(), value_at(tree, key))}"
 
 
 def _known_keys() -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from automodel.capabilities import CHAT_TEMPLATES, ROW_SUFFIXES
 from automodel.config.check_launch import check_launch
 from automodel.config.names import did_you_mean
+from automodel.config.paths import looks_like_path
 from automodel.config.schema import Config
 from automodel.environment import environment_problems
 
@@ -133,7 +134,7 @@ def _check_model(cfg: Config) -> Iterator[str]:
             continue
         folder = Path(path).expanduser()
         if not folder.exists():
-            if _looks_like_path(path):
+            if looks_like_path(path):
                 yield f"model.{key}={path}: there is no such folder"
             continue
         if not folder.is_dir():
@@ -151,11 +152,6 @@ def _check_model_folder(what: str, folder: Path, *, needs_weights: bool) -> Iter
         yield f"{what}: the folder has no *.safetensors weights{found}"
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         yield f"{what}: the folder has no tokenizer (tokenizer.json, tokenizer.model or vocab.*)"
-
-
-def _looks_like_path(name: str) -> bool:
-    """A hub id is ``name`` or ``owner/name``; whatever begins in an existing folder is meant as a path."""
-    return name[:1] in "./~" or name.count("/") > 1 or Path(name.split("/")[0]).is_dir()
 
 
 def _check_datasets(cfg: Config) -> Iterator[str]:

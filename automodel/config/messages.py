@@ -44,7 +44,31 @@ def _line(key: str, items: list[Any]) -> str:
     for item in items:
         if item["type"] == "literal_error" and isinstance(given, str):
             hint = did_you_mean(given, item["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "))
-    return f"{key}={_shown(given)} must be {expected}{hint}"
+    return f"{key}={_shown(given)} must be {expected}{hint or _reading_hint(given, kinds)}"
+
+
+def _reading_hint(given: Any, kinds: list[str]) -> str:
+    """Say how YAML reads what was given, where that is likely not what was meant."""
+    if isinstance(given, str) and given.lower() in ("none", "nil", "nan"):
+        return "; YAML writes null"
+    if isinstance(given, str) and is_number(given) and "string_type" not in kinds:
+        return f"; it is text here: leave out the quotes, {given}"
+    if isinstance(given, str) and given.lower() in ("true", "false") and "bool_type" in kinds:
+        return f"; it is text here: leave out the quotes, {given.lower()}"
+    if isinstance(given, bool) and "string_type" in kinds:
+        return "; YAML reads yes, no, on and off as true and false: put the word in quotes"
+    if isinstance(given, float) and given.is_integer() and {"int_type", "int_from_float"} & set(kinds):
+        return f"; write {given:.0f}"
+    return ""
+
+
+def is_number(text: str) -> bool:
+    """Return whether text is that of a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _expected(item: Any) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
+from automodel.config.foreign_names import find_foreign
+
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """Return the name most like ``name``, or None where none is near."""
@@ -39,6 +41,15 @@ def nearest_key(key: str, keys: Iterable[str]) -> str | None:
     return next((each for each in keys if each.split(".")[-1] == end), None)
 
 
+def key_hint(key: str, known: Iterable[str], value: str | None = None) -> str:
+    """Return words about an unknown key: what another tool's name is called here, else the nearest key."""
+    foreign, last = find_foreign(key), key.split(".")[-1]
+    if foreign is not None and not foreign.ours.partition("=")[0].endswith(f".{last}"):
+        return f"; {foreign.hint(value)}"
+    found = nearest_key(key, known)
+    return f"; did you mean {found}?" if found else ""
+
+
 def leaf_keys(tree: Any, prefix: str = "") -> list[str]:
     """Return the dotted keys of all sections and values of a plain nested dict."""
     keys = []
@@ -49,3 +60,14 @@ def leaf_keys(tree: Any, prefix: str = "") -> list[str]:
         if isinstance(value, dict):
             keys += leaf_keys(value, f"{key}.")
     return keys
+
+
+def value_at(tree: Any, key: str) -> str | None:
+    """Return the value of a dotted key of a plain nested dict as text, or None where there is none but a section."""
+    for part in key.split("."):
+        if not isinstance(tree, dict) or part not in tree:
+            return None
+        tree = tree[part]
+    if isinstance(tree, bool):
+        return str(tree).lower()
+    return None if tree is None or isinstance(tree, dict) else str(tree)

@@ -12,9 +12,10 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
-from automodel.capabilities import STRATEGY_OPTIONS
+from automodel.config.foreign_names import find_foreign
+from automodel.config.groups import options_with
 from automodel.config.messages import pydantic_problems
-from automodel.config.names import did_you_mean
+from automodel.config.names import did_you_mean, key_hint
 from automodel.config.schema import Text
 
 _HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
@@ -89,8 +90,8 @@ def check_target(name: str, section: dict[str, Any]) -> list[str]:
     if parameters is None:
         return []
     problems = [
-        f"{name}.{key} is not an option of {_short(path)}{_hint(name, key, parameters)}"
-        for key in given
+        f"{name}.{key} is not an option of {_short(path)}{_hint(name, key, parameters, value)}"
+        for key, value in given.items()
         if key not in parameters
     ]
     missing = [key for key, (_, default) in parameters.items() if default is ... and given.get(key) in (None, "???")]
@@ -169,10 +170,14 @@ def _lenient(annotation: Any) -> Any:
     return annotation
 
 
-def _hint(section: str, key: str, parameters: dict[str, Any]) -> str:
-    others = [strategy for strategy, options in STRATEGY_OPTIONS.items() if key in options]
-    if section == "distributed" and others:
-        return f"; distributed={others[0]} has it"
+def _hint(section: str, key: str, parameters: dict[str, Any], value: Any) -> str:
+    others = [f"{section}={option}" for option in options_with(section, [key])]
+    if others:
+        return f"; {others[0]} has it" + "".join(f", {other} too" for other in others[1:])
+    if find_foreign(key) is not None and key not in parameters:
+        return key_hint(
+            f"{section}.{key}", [f"{section}.{each}" for each in parameters], None if value is None else str(value)
+        )
     return did_you_mean(key, parameters)
 
 

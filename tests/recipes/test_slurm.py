@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
-from automodel.config.command_line import quoted
+from automodel.config.choices import quoted
 from tests.recipes.command import FAST, ROOT, numbers, records, run, wait_for_steps
 
 TOOL = ROOT.parent / "shared" / "tools" / "local-slurm.sh"

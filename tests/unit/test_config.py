@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from automodel.config import help_text, load_config, resolved_yaml
-from automodel.config.command_line import config_groups
+from automodel.config.groups import config_groups
 from automodel.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ WRONG = [
     ("max_steps=5", "did you mean step_scheduler.max_steps?"),
     ("lr=1e-4", "did you mean optimizer.lr?"),
     ("optimiser.lr=1", "did you mean optimizer.lr?"),
-    ("optimizer.learning_rate=1", "optimizer.learning_rate is not a known key"),
+    ("optimizer.learning_rate=1", "optimizer.learning_rate is not an option of adamw; write optimizer.lr=1"),
     ("distribute=fsdp2", "did you mean distributed?"),
     ("distributed=fsdp", "distributed=fsdp: no such option; there are: ddp, fsdp2, megatron_fsdp; did you mean fsdp2?"),
     ("recipe=llm_sff", "did you mean llm_sft?"),
