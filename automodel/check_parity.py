@@ -30,7 +30,7 @@ from automodel.verbs.command_line import (
     whole_number,
 )
 
-USAGE = """python -m automodel.check_parity [key=value of a run ...] [parity.num_steps=3] [parity.tolerance=1e-5]
+USAGE = """python -m automodel.check_parity [FILE.yaml] [key=value of a run ...] [parity.num_steps=3] ...
 
 Trains the first steps twice, once in one process and once in the layout of the command line, and compares the loss
 and the gradient norm of every step and the weights after the last. Nothing is kept of either run.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from automodel.data.rows import ClassificationRows, SFTRows
     from automodel.recipes.training_data import SFTData
 
-USAGE = """python -m automodel.preview [key=value of a run ...] [preview.num_rows=3]
+USAGE = """python -m automodel.preview [FILE.yaml] [key=value of a run ...] [preview.num_rows=3]
 
 Shows the first rows as they would be trained on, with the supervised tokens marked, and counts what becomes of all of
 them. Nothing is trained and nothing is written but the cache of prepared rows.

@@ -31,7 +31,7 @@ from automodel.verbs.command_line import (
     whole_number,
 )
 
-USAGE = """python -m automodel.verify_resume [key=value of a run ...] [verify.kills=3] [verify.seed=0]
+USAGE = """python -m automodel.verify_resume [FILE.yaml] [key=value of a run ...] [verify.kills=3] [verify.seed=0]
 
 Runs the configuration to its end, then once more while it is killed at random moments and started again until it is
 done, and compares every line of the metrics and the final weights, bit for bit. Nothing is kept of either run.

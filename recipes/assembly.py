@@ -41,7 +41,7 @@ from automodel.distributed.wrappers import is_peft_model, unwrap
 from automodel.loggers.fanout import MetricSink, open_loggers
 from automodel.loggers.rundir import RunDir, environment_record
 from automodel.logs import add_log_file, get_logger, warn_for_all
-from automodel.models.adapters import Task
+from automodel.models.adapters import Task, described, merge_problem
 from automodel.models.sharded_loading import unfilled_model
 from automodel.optim.optimizers import parameter_groups
 from automodel.train.flops import training_flops
@@ -69,6 +69,11 @@ class Job:
     load_base: Callable[[], PreTrainedModel] = field(init=False)
 
     def __post_init__(self) -> None:
+        attention = str(self.cfg.model.get("attn_implementation"))
+        if attention.startswith("flash_attention") and self.dist_info.device.type == "cpu":
+            raise UserError(
+                f"model.attn_implementation={attention} computes on a GPU alone, and this run has none; choose sdpa"
+            )
         self.strategy = build(self.cfg.distributed)
         self.mesh = self.strategy.build_mesh(self.dist_info)
         self.dp = data_parallel(self.mesh)
@@ -128,7 +133,13 @@ class Job:
                 return unfilled.adapted(adapters, task=task)
             return self.load_base() if adapters is None else adapters.apply(self.load_base(), task=task)
 
-        model = self.strategy.parallelize(everywhere(load), dist_info=info, mesh=self.mesh)
+        model = everywhere(load)
+        if adapters is not None:
+            log.info("%s", described(model))
+            problem = merge_problem(model)
+            if problem is not None:
+                warn_for_all(log, "%s", problem)
+        model = self.strategy.parallelize(model, dist_info=info, mesh=self.mesh)
         if unfilled is not None:
             everywhere(lambda: unfilled.fill(model, device))
         seed_everything(self.cfg.rng.seed, rank=self.dp.rank)

@@ -10,8 +10,8 @@ from typing import Any
 
 from automodel.capabilities import CHAT_TEMPLATES, ROW_SUFFIXES
 from automodel.config.check_launch import check_launch
+from automodel.config.check_model import check_model
 from automodel.config.names import did_you_mean
-from automodel.config.paths import looks_like_path
 from automodel.config.schema import Config
 from automodel.environment import environment_problems
 
@@ -24,7 +24,7 @@ def cross_checks(cfg: Config, env: Mapping[str, str] = os.environ) -> list[str]:
         _check_backend,
         _check_strategy,
         _check_adapters,
-        _check_model,
+        check_model,
         _check_datasets,
         _check_training_rows,
         _check_evaluation,
@@ -125,33 +125,6 @@ def _check_backend(cfg: Config) -> Iterator[str]:
             known = f"must be one of {', '.join(BACKENDS)}, or some by device as cpu:gloo,cuda:nccl"
             yield f"dist_env.backend={backend} {known}{did_you_mean(name, BACKENDS)}"
             return
-
-
-def _check_model(cfg: Config) -> Iterator[str]:
-    for key in ("pretrained_model_name_or_path", "tokenizer_name_or_path"):
-        path = cfg.model.get(key)
-        if not isinstance(path, str) or path == "???":
-            continue
-        folder = Path(path).expanduser()
-        if not folder.exists():
-            if looks_like_path(path):
-                yield f"model.{key}={path}: there is no such folder"
-            continue
-        if not folder.is_dir():
-            yield f"model.{key}={path} must be a folder or a hub id, not a file"
-            continue
-        yield from _check_model_folder(f"model.{key}={path}", folder, needs_weights=key.startswith("pretrained"))
-
-
-def _check_model_folder(what: str, folder: Path, *, needs_weights: bool) -> Iterator[str]:
-    if needs_weights and not (folder / "config.json").is_file():
-        yield f"{what}: the folder has no config.json"
-    if needs_weights and not any(folder.glob("*.safetensors")):
-        pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
-        found = f" (only {pickles[0].name}; pickled weights are not loaded, since they can run code)" if pickles else ""
-        yield f"{what}: the folder has no *.safetensors weights{found}"
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        yield f"{what}: the folder has no tokenizer (tokenizer.json, tokenizer.model or vocab.*)"
 
 
 def _check_datasets(cfg: Config) -> Iterator[str]:

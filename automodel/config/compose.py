@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,9 @@ class Source:
     def compose(self, overrides: list[str], problems: list[str], *, with_file: bool = True) -> dict[str, Any] | None:
         """Return the plain tree, or None where it cannot be composed; null stands for what cannot be resolved."""
         over_it = self.file_override() if with_file else []
+        if self._path is None and self._dir is None and not over_it and not any("${" in line for line in overrides):
+            with suppress(HydraException, OmegaConfBaseException):  # told below
+                return copy.deepcopy(_compose_ours(tuple(overrides)))
         try:
             with self.open():
                 cfg = compose(self._name, overrides=[*self._searchpath(), *over_it, *overrides])
@@ -155,6 +160,13 @@ class Source:
 
     def _is_primary_in_dir(self) -> bool:
         return self._dir is not None and (Path(self._dir) / f"{self._name}.yaml").is_file()
+
+
+@lru_cache(maxsize=64)
+def _compose_ours(overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Compose what needs our own files alone, which do not change; a tenth of a second or more each time."""
+    with initialize_config_module("automodel.conf", version_base="1.3"):
+        return OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
 
 
 def compose_defaults() -> dict[str, Any]:

@@ -1,20 +1,9 @@
-"""The names that other tools give to what a configuration says here: hints, and the page about moving over.
-
-``python -m automodel.config.foreign_names > docs/migration.md`` writes the page.
-"""
+"""The names that other tools give to what a configuration says here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-_TOOLS = {
-    "T": "TRL and transformers",
-    "A": "axolotl",
-    "L": "LLaMA-Factory",
-    "U": "torchtune",
-    "N": "NeMo Automodel",
-}
 
 
 @dataclass(frozen=True)
@@ -23,7 +12,8 @@ class Foreign:
 
     Attributes:
         names: the keys elsewhere, without the sections that only wrap everything.
-        tools: letters of the tools that have one of them.
+        tools: letters of the tools that have one of them: TRL and transformers, axolotl, LLaMA-Factory, (U) torchtune,
+            NeMo Automodel.
         ours: what to write instead, ``{}`` standing for the value; empty: there is no such thing here.
         remark: what differs, or what to do instead.
     """
@@ -225,28 +215,3 @@ def find_foreign(key: str) -> Foreign | None:
 
 def _ends(parts: list[str]) -> Iterator[str]:
     return (".".join(parts[start:]) for start in range(len(parts)))
-
-
-def migration_page() -> str:
-    """Return the page about moving over from other tools, as Markdown."""
-    lines = [
-        "# Coming from another tool",
-        "",
-        "What the keys of other tools are called here. A command line or a file that holds one of them is refused, and",
-        "the message says the same as this page. `...` stands for your value.",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {letter} | {tool} |" for letter, tool in _TOOLS.items()),
-    ]
-    for title, section in SECTIONS.items():
-        lines += ["", f"## {title}", "", "| there | in | here | |", "|---|---|---|---|"]
-        for each in section:
-            names = ", ".join(f"`{name}`" for name in each.names.split())
-            ours = f"`{each.ours.replace('{}', '...')}`" if each.ours else "-"
-            lines.append(f"| {names} | {' '.join(each.tools)} | {ours} | {each.remark} |")
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(migration_page(), end="")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
-from pathlib import Path
 from typing import NamedTuple
 
 from automodel.config.arguments import read_arguments
 from automodel.config.groups import CONFIG_ROOT, bases, config_groups
 
-_TOP = """python -m automodel.run [FILE.yaml] [recipe=NAME] [group=option ...] [key=value ...]
+_TOP = """python -m automodel.run [FILE.yaml] [group=option ...] [key=value ...]
 
-Fine-tunes a language model. Without arguments: a small model on exercises made in code, in minutes on a CPU.
+Fine-tunes a language model. Without arguments: a small model on exercises made
+in code, in minutes on a CPU.
 """
 _EXAMPLES = """Examples
   python -m automodel.run
@@ -23,11 +23,11 @@ _EXAMPLES = """Examples
       dataset=FILE.jsonl dataset.columns.text=sentence
 
 Also
-  FILE.yaml, --config FILE.yaml       a file with keys of yours, or the folder of a run
-  --cfg job                           show the configuration and run nothing
-  --config-dir DIR                    groups of your own, such as DIR/experiment/NAME.yaml
-  -m key=1,2                          a run for each value
-  group=option --help                 the keys of one option"""
+  FILE.yaml, --config FILE.yaml     keys of yours in a file, or a run's folder
+  --cfg job                         show the configuration and run nothing
+  --config-dir DIR                  your own groups, as DIR/experiment/NAME.yaml
+  -m key=1,2                        a run for each value
+  group=option --help               the keys of one option"""
 _HIDDEN = ("tuned", "tuned_optimizer", "recipe")
 _LEFT = 44
 
@@ -51,7 +51,7 @@ def help_text(argv: list[str] | None = None) -> str:
         if group in ("tuned", "tuned_optimizer"):
             continue
         lines.append(f"  {group}")
-        lines += [_row(f"    {option}", headline(group, option)) for option in options]
+        lines += [_row(f"    {option}", headline(group, option), column=20) for option in options]
     lines += ["", "Keys: key=value"]
     lines += [_row(f"  {key.name}={key.default}", key.comment) for key in fixed_keys()]
     for group, options in groups.items():
@@ -106,11 +106,12 @@ def _group_rows(group: str, options: list[str]) -> list[str]:
         for key in option_keys(group, option):
             of.setdefault(key, []).append(option)
     with_keys = {option for found in of.values() for option in found}
+    names = list(dict.fromkeys(key.name for key in of))
     rows = []
-    for key, found in of.items():
+    for key, found in sorted(of.items(), key=lambda item: names.index(item[0].name)):
         which = "" if set(found) == with_keys and len(with_keys) > 1 else f"[{', '.join(found)}] "
         rows.append(_row(f"  {key.name}={key.default}", f"{which}{key.comment}".rstrip()))
-    return sorted(rows, key=lambda row: row.split("=")[0]) if len(with_keys) > 1 else rows
+    return rows
 
 
 def _commented(text: str, prefix: str) -> list[Key]:
@@ -126,9 +127,9 @@ def _commented(text: str, prefix: str) -> list[Key]:
     return found
 
 
-def _row(left: str, right: str) -> str:
+def _row(left: str, right: str, *, column: int | None = None) -> str:
     """Return a key and its words, wrapped to the width of the screen and never cut."""
-    column = min(_LEFT, _width() // 2)
+    column = column or min(_LEFT, _width() // 2)
     if not right:
         return left
     words = _wrapped(right, " " * column)

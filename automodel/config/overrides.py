@@ -13,6 +13,11 @@ from automodel.config.choices import quoted, shell_word
 from automodel.config.names import did_you_mean
 from automodel.config.paths import path_exists
 
+_ON_HUB = {
+    "model": "model.pretrained_model_name_or_path", "dataset": "dataset.path",
+    "validation_dataset": "validation_dataset.path",
+}  # fmt: skip
+
 
 def parse_overrides(lines: list[str], problems: list[str], *, is_sweep: bool) -> list[Override]:
     """Return the overrides that can be read; the rest is told.
@@ -67,8 +72,8 @@ def choice_problems(override: Override, groups: dict[str, list[str]]) -> list[st
             hint = did_you_mean(str(name), options)
             if group == "experiment" and str(name).endswith((".yaml", ".yml")):
                 hint = f"; a file is given by itself: {name}"
-            elif not hint and group == "model":
-                hint = f"; one of the hub is model=hf model.pretrained_model_name_or_path={name}"
+            elif not hint and group in _ON_HUB:
+                hint = f"; one of the hub is {group}=hf {_ON_HUB[group]}={name}"
             problems.append(f"{group}={name}: no such option; there are: {', '.join(options) or 'none'}{hint}")
     return problems
 

@@ -196,7 +196,7 @@ def facts_of(source: Source, tokenizer: PreTrainedTokenizerBase, options: Prepar
 
 def deciding(options: PrepareOptions) -> dict[str, Any]:
     """Return the options that change what the rows become."""
-    left_out = ("num_proc", "on_bad_row")
+    left_out = ("num_proc", "on_bad_row", "is_model_limit")
     return {name: value for name, value in dataclasses.asdict(options).items() if name not in left_out}
 
 

@@ -34,13 +34,16 @@ def data_problems(train: SFTRows, validation: SFTRows | None = None) -> list[Pro
     if share > MOST_UNSUPERVISED:
         text = (
             f"{train.name}: {counts.num_unsupervised:,} of {counts.num_rows_read:,} rows ({share:.0%}) have no "
-            "supervised token left within dataset.max_length; raise it, keep the ends with dataset.truncation=left, "
-            "or drop what is too long with dataset.truncation=drop"
+            f"supervised token left within {_limit(train)}, keep the ends with dataset.truncation=left, or drop what "
+            "is too long with dataset.truncation=drop"
         )
         problems.append(Problem(text, is_sure=share >= SURELY_WRONG))
     if train.format_name != "text" and len(stats.has_end) and not stats.has_end.any():
         are_all_cut = counts.num_truncated == len(stats.has_end)
-        remedy = "raise dataset.max_length" if are_all_cut else "look at the chat template's end of turn"
+        remedy = "look at the chat template's end of turn"
+        if are_all_cut:
+            of_model = "the model's limit cuts every row; take a model for longer ones"
+            remedy = of_model if train.is_model_limit else "raise dataset.max_length"
         text = (
             f"{train.name}: no row supervises a token that ends an answer, so the model would learn never to stop; "
             f"{remedy}"
@@ -55,6 +58,13 @@ def data_problems(train: SFTRows, validation: SFTRows | None = None) -> list[Pro
             )
             problems.append(Problem(text, is_sure=False))
     return problems
+
+
+def _limit(rows: SFTRows) -> str:
+    """Say what bounds the length of a row, and how to lift it."""
+    if rows.is_model_limit:
+        return "the model's limit (dataset.max_length allows more); take a model for longer rows"
+    return "dataset.max_length; raise it"
 
 
 def shared_rows(train: SFTRows, validation: SFTRows) -> np.ndarray:

@@ -138,7 +138,10 @@ def require_eos(tokenizer: PreTrainedTokenizerBase) -> int:
         UserError: the tokenizer has none, so that the model could never learn to stop.
     """
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no eos token, so the model could not learn to end an answer")
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has no eos token, so the model could not learn to end an "
+            "answer; name one of its tokens as eos_token in its tokenizer_config.json"
+        )
     return tokenizer.eos_token_id
 
 

@@ -68,7 +68,7 @@ def load_sft(
     stops = Stops(**{kind: frozenset(ends) for kind, ends in meta["stops"].items()})
     return SFTRows(
         name, examples, Prompts(prompts), meta["fingerprint"], counts, stats, meta["format"], stops,
-        proof,
+        proof, options.is_model_limit,
     )  # fmt: skip
 
 
@@ -151,16 +151,16 @@ def _require_rows(name: str, options: PrepareOptions, counts: RowCounts, *, num_
         raise UserError(f"{name}: all {counts.num_bad} rows are damaged, such as {counts.bad_rows[0]}")
     if not num_examples:
         raise UserError(
-            f"{name}: of all {counts.num_rows_read} rows nothing supervised is left within "
-            f"dataset.max_length={options.max_length} tokens; raise it, or choose another truncation"
+            f"{name}: of all {counts.num_rows_read} rows nothing supervised is left within {options.length_limit}; "
+            f"{'choose' if options.is_model_limit else 'raise it, or choose'} another truncation"
         )
 
 
 def _log_counts(name: str, options: PrepareOptions, counts: RowCounts) -> None:
     """Say in one line what became of the rows."""
     log.info(
-        "%s: %d rows, %d cut to %d tokens, %d dropped, %d supervised tokens",
-        name, counts.num_rows_read, counts.num_truncated, options.max_length, counts.num_dropped,
+        "%s: %d rows, %d cut to %s, %d dropped, %d supervised tokens",
+        name, counts.num_rows_read, counts.num_truncated, options.length_limit, counts.num_dropped,
         counts.num_label_tokens,
     )  # fmt: skip
     for note, num_rows in counts.notes.items():

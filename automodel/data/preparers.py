@@ -52,6 +52,14 @@ class PrepareOptions:
     supervise: Supervise = "all"
     on_bad_row: OnBadRow = "stop"
     num_proc: int | None = None
+    is_model_limit: bool = False
+
+    @property
+    def length_limit(self) -> str:
+        """What bounds the length of a row, in words."""
+        if self.is_model_limit:
+            return f"the model's limit of {self.max_length} tokens (dataset.max_length allows more)"
+        return f"dataset.max_length={self.max_length} tokens"
 
 
 class Prepared(NamedTuple):
@@ -81,7 +89,12 @@ class SFTPreparer:
     def __call__(self, fields: Mapping[str, Any]) -> Prepared:
         shape = self.format.read(fields)
         tokens = tokenize_shape(self.tokenizer, shape, supervise=self.options.supervise)
-        short = cut(tokens, max_length=self.options.max_length, truncation=self.options.truncation)
+        short = cut(
+            tokens,
+            max_length=self.options.max_length,
+            truncation=self.options.truncation,
+            limit=self.options.length_limit,
+        )
         if short is None:
             return Prepared(None, is_too_long=True)
         example = shifted_example(short)
@@ -118,7 +131,12 @@ class ClassificationPreparer:
             raise BadRow(f"label {shape.label!r} does not occur in the training set; its labels: {_some(names)}")
         before, ids, after = tokenize_input(self.tokenizer, shape.text)
         room = max(1, self.options.max_length - len(before) - len(after))
-        tokens = cut(Tokens(ids, [0.0] * len(ids), 0), max_length=room, truncation=self.options.truncation)
+        tokens = cut(
+            Tokens(ids, [0.0] * len(ids), 0),
+            max_length=room,
+            truncation=self.options.truncation,
+            limit=self.options.length_limit,
+        )
         if tokens is None:
             return Prepared(None, is_too_long=True)
         whole = _without_trailing_pad(self.tokenizer, before + tokens.ids + after)

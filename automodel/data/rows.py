@@ -102,6 +102,7 @@ class SFTRows:
         format_name: what the rows were recognised as.
         stops: the ends of answers that are supervised.
         proof: what comparing the first rows' tokens with their texts gave.
+        is_model_limit: whether the model, and not ``dataset.max_length``, bounds the length of a row.
     """
 
     name: str
@@ -113,6 +114,7 @@ class SFTRows:
     format_name: str
     stops: Stops
     proof: Proof
+    is_model_limit: bool = False
 
     @property
     def is_conversation(self) -> bool:

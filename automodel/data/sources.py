@@ -61,7 +61,10 @@ class DemoDataset:
 
     def options(self, model_max_length: int | None) -> PrepareOptions:
         return PrepareOptions(
-            limit=self.limit, max_length=shorter(self.max_length, model_max_length), truncation=self.truncation
+            limit=self.limit,
+            max_length=shorter(self.max_length, model_max_length),
+            truncation=self.truncation,
+            is_model_limit=model_max_length is not None and model_max_length < self.max_length,
         )
 
 
@@ -95,6 +98,7 @@ class _RowKeys:
             supervise=self.supervise,
             on_bad_row=self.on_bad_row,
             num_proc=self.num_proc,
+            is_model_limit=model_max_length is not None and model_max_length < self.max_length,
         )
 
 

@@ -78,8 +78,8 @@ class Stream:
             previous = step
         if previous is None and state == START:
             raise UserError(
-                f"{self.source.display_name}: nothing to train on is left within dataset.max_length="
-                f"{self.options.max_length} tokens, or rows do not fill one global batch"
+                f"{self.source.display_name}: nothing to train on is left within {self.options.length_limit}, or rows "
+                "do not fill one global batch"
             )
         if previous is not None:
             yield previous._replace(is_last=True)

@@ -67,8 +67,11 @@ def tokenize_plain_text(tokenizer: PreTrainedTokenizerBase, row: PlainText) -> T
     return _ended(tokenizer, leading_ids(tokenizer), tokenize_text(tokenizer, row.text))
 
 
-def cut(tokens: Tokens, *, max_length: int, truncation: Truncation) -> Tokens | None:
+def cut(tokens: Tokens, *, max_length: int, truncation: Truncation, limit: str = "") -> Tokens | None:
     """Return ``tokens`` cut to ``max_length``, or None where the row is dropped.
+
+    Args:
+        limit: what ``max_length`` comes from, for the message.
 
     Raises:
         BadRow: too long, and ``truncation`` is ``error``.
@@ -78,8 +81,8 @@ def cut(tokens: Tokens, *, max_length: int, truncation: Truncation) -> Tokens | 
         return tokens
     if truncation == "error":
         raise BadRow(
-            f"{len(tokens.ids)} tokens, more than the {max_length} allowed (dataset.max_length); raise it, or choose "
-            "dataset.truncation=right, left or drop"
+            f"{len(tokens.ids)} tokens, more than {limit or f'dataset.max_length={max_length}'}; shorten the row, or "
+            "choose dataset.truncation=right, left or drop"
         )
     if truncation == "drop":
         return None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal
 
 from automodel.types import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import nn
     from transformers import PreTrainedModel
 
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
@@ -33,10 +37,14 @@ class LoRA:
         """Freeze ``model`` and add adapters drawn from torch's global generator; a new classifier head is trained.
 
         Raises:
-            UserError: no module of the model is named by ``target_modules``.
+            UserError: a name of ``target_modules`` or ``modules_to_save`` is that of no module.
         """
         from peft import LoraConfig, get_peft_model
 
+        problems = [*_unknown_modules(model, "peft.target_modules", self.target_modules)]
+        problems += _unknown_modules(model, "peft.modules_to_save", self.modules_to_save or [])
+        if problems:
+            raise UserError(*problems)
         config = LoraConfig(
             task_type=task,
             r=self.rank,
@@ -51,3 +59,69 @@ class LoRA:
             return get_peft_model(model, config)
         except ValueError as error:
             raise UserError(f"peft.target_modules={self.target_modules}: {str(error).splitlines()[0]}") from error
+
+
+def described(model: PeftModel) -> str:
+    """Say which weights of a model with adapters have one, and which are frozen without one, embeddings aside."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch import nn
+
+    base = model.get_base_model()
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+    covered = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    covered |= {id(m.weight) for m in base.modules() if isinstance(m, nn.Embedding)}
+    without = [
+        name.removesuffix(".weight")
+        for name, parameter in base.named_parameters()
+        if parameter.ndim > 1 and not parameter.requires_grad and id(parameter) not in covered
+    ]
+    with_one = _last_parts(name.removesuffix(".base_layer") for name in layers)
+    rest = f"; without one, frozen: {', '.join(_last_parts(without, num_parts=2))}" if without else ""
+    return f"adapters on {', '.join(with_one)}{rest}"
+
+
+def merge_problem(model: PeftModel) -> str | None:
+    """Return why the adapters cannot be added to the weights, or None where they can."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head = model.get_base_model().get_output_embeddings()
+    if not isinstance(head, BaseTunerLayer) or not model.get_base_model().config.get_text_config().tie_word_embeddings:
+        return None
+    return (
+        "peft.target_modules includes the output layer, whose weight is the embedding's as well: the adapter works as "
+        "it is, but export.merge=true would change the embedding too and fails; leave the output layer out to merge"
+    )
+
+
+def _unknown_modules(model: nn.Module, key: str, names: str | list[str]) -> Iterator[str]:
+    """Yield a line for each name that is that of no module, with the nearest ones that are."""
+    modules = [name for name, _ in model.named_modules() if name]
+    if isinstance(names, str):
+        if names.lower() == "all-linear" or _matches(names, modules):
+            return
+        if any(module == names or module.endswith(f".{names}") for module in modules):
+            yield f"{key}={names} is one pattern of whole names, which none has; write it as a list: {key}=[{names}]"
+            return
+        names = [names]
+    linear = list(_last_parts(name for name, module in model.named_modules() if _is_linear(module)))
+    for name in names:
+        if not any(module == name or module.endswith(f".{name}") for module in modules):
+            near = get_close_matches(name, linear, n=len(linear), cutoff=0.0)
+            yield f"{key}: the model has no module {name}; its linear ones, nearest first: {', '.join(near)}"
+
+
+def _matches(pattern: str, names: list[str]) -> bool:
+    try:
+        return any(re.fullmatch(pattern, name) for name in names)
+    except re.error:
+        return False
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return getattr(getattr(module, "weight", None), "ndim", 0) == 2 and type(module).__name__ != "Embedding"
+
+
+def _last_parts(names: Iterable[str], *, num_parts: int = 1) -> dict[str, None]:
+    """Return the ends of dotted names, each once, without numbers of layers."""
+    parts = ([part for part in name.split(".") if not part.isdecimal()] for name in names)
+    return dict.fromkeys(".".join(each[-num_parts:]) for each in parts)

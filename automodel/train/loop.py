@@ -213,7 +213,11 @@ class TrainLoop:
         rank = torch.distributed.get_rank()
         dump = self.dump_folder / f"non_finite_step_{step}_rank_{rank}.pt"
         torch.save(micro_batches, dump)
-        raise NonFiniteError(f"{what}; not finite, so no weight was changed. This rank's batch is in {dump}")
+        raise NonFiniteError(
+            f"{what}; not finite, so no weight was changed. This rank's batch is in {dump}. What often helps: a "
+            "smaller optimizer.lr or a longer lr_scheduler.warmup_steps, distributed.mixed_precision=float32, and "
+            "another look at the rows (python -m automodel.preview); on_non_finite=skip leaves such steps out"
+        )
 
     def _log(self, result: StepResult, lr: float) -> None:
         loss = read(result.loss_sum) / max(1, result.num_label_tokens)

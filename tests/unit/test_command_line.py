@@ -10,8 +10,9 @@ import yaml
 from automodel.config import load_command_line, load_config, resolved_yaml
 from automodel.config.arguments import read_arguments
 from automodel.config.command_line import compose_command_line, hydra_command_line
-from automodel.config.foreign_names import SECTIONS, find_foreign, migration_page
+from automodel.config.foreign_names import SECTIONS, find_foreign
 from automodel.config.groups import config_groups, shipped_keys
+from automodel.config.migration_page import migration_page
 from automodel.config.overrides import parse_overrides
 from automodel.types import UserError
 from automodel.verbs.command_line import load_one_config, read_own_keys, whole_number
@@ -150,7 +151,9 @@ class TestAFile:
         return "mine.yaml"
 
     def test_is_run_with_what_differs_from_it(self, here):
-        file = self.write(here, "model: owner/name\ndataset: {path: rows.jsonl}\noptimizer: {lr: 1e-5}\npeft: {rank: 4}\n")
+        file = self.write(
+            here, "model: owner/name\ndataset: {path: rows.jsonl}\noptimizer: {lr: 1e-5}\npeft: {rank: 4}\n"
+        )
         cfg, argv = load_command_line([file, "peft.alpha=8", "optimizer.lr=3e-5"], env={})
         assert cfg.model["pretrained_model_name_or_path"] == "owner/name" and cfg.dataset["path"] == "rows.jsonl"
         assert (cfg.peft["rank"], cfg.peft["alpha"], cfg.optimizer["lr"]) == (4, 8, 3e-5)
@@ -161,7 +164,11 @@ class TestAFile:
         values = "model: {pretrained_model_name_or_path: a/b}\ndataset: {path: a/b}\n"
         file = self.write(here, text + values)
         cfg = load_config(["--config", file], env={})
-        assert cfg.model["_target_"].endswith(".HFModel") and cfg.peft["use_dora"] and set(cfg.logger) == {"jsonl", "wandb"}
+        assert (
+            cfg.model["_target_"].endswith(".HFModel")
+            and cfg.peft["use_dora"]
+            and set(cfg.logger) == {"jsonl", "wandb"}
+        )
         assert load_config([file, "peft=lora"], env={}).peft["use_dora"] is False, "the command line wins"
 
     def test_may_be_the_record_of_a_run(self, here):
@@ -174,7 +181,9 @@ class TestAFile:
 
     def test_is_taken_by_every_verb(self, here):
         file = self.write(here, "step_scheduler: {max_steps: 7}\n")
-        values, rest, problems = read_own_keys([file, "preview.num_rows=1"], {"preview.num_rows": whole_number(3, least=0)})
+        values, rest, problems = read_own_keys(
+            [file, "preview.num_rows=1"], {"preview.num_rows": whole_number(3, least=0)}
+        )
         assert load_one_config(rest, problems).step_scheduler.max_steps == 7 and values == {"preview.num_rows": 1}
 
     def test_is_what_hydra_shows_too(self, here):
@@ -193,7 +202,10 @@ class TestAFile:
             ("learning_rate: 1e-4\n", "learning_rate is not a known key; write optimizer.lr=0.0001"),
             ("optimizer: {lr: '1e-5'}\n", "optimizer.lr=1e-5 must be a number; it is text here: leave out the quotes"),
             ("checkpoint: {resume: no}\n", "YAML reads yes, no, on and off as true and false: put the word in quotes"),
-            ("output_dir: ${oc.env:NO_SUCH}/x\n", "output_dir=${oc.env:NO_SUCH}/x: the environment variable NO_SUCH is"),
+            (
+                "output_dir: ${oc.env:NO_SUCH}/x\n",
+                "output_dir=${oc.env:NO_SUCH}/x: the environment variable NO_SUCH",
+            ),
         ],
     )
     def test_with_a_mistake_is_told_where_it_is_with_all_else(self, here, text, message):
@@ -232,10 +244,12 @@ def test_every_name_of_another_tool_leads_to_a_key_that_there_is():
         assert bool(each.ours) or bool(each.remark), each.names
         for written in each.ours.split():
             key, _, value = written.partition("=")
-            assert key in keys or (key in groups and (value == "{}" or value in groups[key] or key == "logger")), written
+            assert key in keys or (key in groups and (value == "{}" or value in groups[key] or key == "logger")), (
+                written
+            )
 
 
 def test_the_page_about_other_tools_is_that_of_the_table():
     assert (ROOT / "docs" / "migration.md").read_text() == migration_page(), (
-        "write it again: python -m automodel.config.foreign_names > docs/migration.md"
+        "write it again: python -m automodel.config.migration_page > docs/migration.md"
     )

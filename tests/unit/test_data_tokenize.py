@@ -129,7 +129,7 @@ def test_long_row_is_dropped_where_asked_and_the_others_stay(tmp_path):
 
 
 def test_long_row_is_an_error_where_asked_with_its_line_and_lengths(tmp_path):
-    with pytest.raises(UserError, match=r"rows\.jsonl:2: 11 tokens, more than the 8 allowed \(dataset\.max_length\)"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: 11 tokens, more than dataset\.max_length=8 tokens"):
         load(tmp_path, {"prompt": "a", "completion": "b"}, LONG, max_length=8, truncation="error")
 
 
