@@ -26,9 +26,6 @@ from automodel.checkpoint.training import (
     SaveError,
     TrainState,
     load_checkpoint,
-    newest_checkpoint,
-    read_progress,
-    require_whole,
 )
 from automodel.config import Config, masked, resolved_yaml
 from automodel.data.loader import Collate, Loader, TrainLoader
@@ -42,8 +39,10 @@ from automodel.loggers.fanout import MetricSink, open_loggers
 from automodel.loggers.rundir import RunDir, environment_record
 from automodel.logs import add_log_file, get_logger, warn_for_all
 from automodel.models.adapters import Task, described, merge_problem
+from automodel.models.hf import HFModel
 from automodel.models.sharded_loading import unfilled_model
 from automodel.optim.optimizers import parameter_groups
+from automodel.recipes.start import choose_start, plain_config
 from automodel.train.flops import training_flops
 from automodel.train.loop import Evaluator, Timeouts, TrainLoop
 from automodel.train.meter import Meter
@@ -67,6 +66,8 @@ class Job:
     mesh: DeviceMesh = field(init=False)
     dp: DataParallel = field(init=False)
     load_base: Callable[[], PreTrainedModel] = field(init=False)
+    base_weights: str | None = field(default=None, init=False)
+    """The fingerprint of the pretrained weights; None for fresh ones."""
 
     def __post_init__(self) -> None:
         attention = str(self.cfg.model.get("attn_implementation"))
@@ -123,6 +124,8 @@ class Job:
         mark("loading the model")
         info, adapters = self.dist_info, build(self.cfg.peft)
         self.load_base = partial(source.build, tokenizer, label_names=label_names)
+        if isinstance(source, HFModel):
+            self.base_weights = run_on_main(source.weights_fingerprint)
         device, unfilled = self.strategy.device_of_shards(info), None
         if device is not None and info.world_size > 1:
             unfilled = unfilled_model(source, tokenizer, label_names=label_names, adapters=adapters)
@@ -179,19 +182,24 @@ def build_loop(
     job.strategy.prepare_optimizer(optimizer, model)
     lr_scheduler = build(cfg.lr_scheduler)(optimizer, steps.total_steps)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    facts = _resume_facts(cfg, fingerprint) | (resume_facts or {})
-    resume_from, metrics_size = _choose_start(job, facts)
+    facts = {"dataset fingerprint": fingerprint} | (resume_facts or {})
+    if job.base_weights is not None:
+        facts["base weights"] = job.base_weights
+    start = choose_start(cfg, job.run_dir, facts=facts, total_steps=steps.total_steps)
     rng, is_evaluation_due = None, False
-    if resume_from is not None:
-        saved, rng = load_checkpoint(resume_from, TrainState(model, optimizer))
+    if start.checkpoint is not None:
+        saved, rng = load_checkpoint(start.checkpoint, TrainState(model, optimizer))
         steps.step = saved["step"]
         is_evaluation_due = saved.get("is_evaluation_due", False)
         loader.load_state_dict(saved["loader"])
-        log.info("resumed from %s, at step %d", resume_from, steps.step)
         for _ in range(steps.step):  # a schedule depends on the steps alone, so a changed one applies at once
             lr_scheduler.step()
+    _open_run(
+        job, model=model, fingerprint=fingerprint, metrics_size=start.metrics_size, resumed_step=steps.step or None
+    )
+    if start.checkpoint is not None:
+        start.tell(steps.step)
         _tell_new_end(lr_scheduler, steps=steps, ended_at=saved.get("total_steps", steps.total_steps))
-    _open_run(job, model=model, fingerprint=fingerprint, metrics_size=metrics_size, resumed_step=steps.step or None)
     loop = TrainLoop(
         model=model,
         loss_fn=loss_fn,
@@ -212,7 +220,7 @@ def build_loop(
         meter=Meter(info.device, world_size=info.world_size, flops=training_flops(model)),
         timeouts=Timeouts(training=cfg.dist_env.timeout_minutes, slow_phase=cfg.dist_env.init_timeout_minutes),
         metrics_size=job.run_dir.metrics_size,
-        resume_facts=facts,
+        resume_facts=facts | {"config": plain_config(cfg)},
         on_non_finite=cfg.on_non_finite,
         dump_folder=job.run_dir.path,
         is_evaluation_due=is_evaluation_due and bool(evaluators),
@@ -287,51 +295,6 @@ def _how_to_load(model: nn.Module, folder: Path) -> str:
     return (
         f"from {library} import {auto_class}; model = {auto_class}.from_pretrained({str(folder.resolve())!r}{options})"
     )
-
-
-def _choose_start(job: Job, facts: dict[str, Any]) -> tuple[Path | None, int]:
-    """Return the checkpoint to go on from and the length in bytes to which the metrics file is cut.
-
-    Nothing is changed yet: a checkpoint whose rows would differ from those of ``facts`` is refused here.
-    """
-    resume = job.cfg.checkpoint.resume
-    own_folder = job.run_dir.checkpoints_dir
-    if resume == "never":
-        if run_on_main(job.run_dir.holds_run):
-            raise UserError(
-                f"output_dir={job.run_dir.path} already holds a run and checkpoint.resume=never: "
-                "choose another output_dir, or checkpoint.resume=auto to go on"
-            )
-        return None, 0
-    if resume == "auto":
-        folder = newest_checkpoint(own_folder)
-        if folder is None:
-            return None, 0
-    else:
-        folder = Path(resume)
-        require_whole(folder)
-    saved = run_on_main(lambda: read_progress(folder))
-    changed = [
-        f"{name} is {now!r}, but the checkpoint {folder} was made with {saved.get(name)!r}: the rows of a step would "
-        "differ; put it back, begin a new run with another output_dir, or set checkpoint.allow_changes=true"
-        for name, now in facts.items()
-        if saved.get(name) != now
-    ]
-    if changed and not job.cfg.checkpoint.allow_changes:
-        raise UserError(*changed)
-    for change in changed:
-        warn_for_all(log, "checkpoint.allow_changes=true: %s", change.partition(";")[0])
-    return folder, saved["metrics_size"] if folder.resolve().parent == own_folder.resolve() else 0
-
-
-def _resume_facts(cfg: Config, fingerprint: str) -> dict[str, Any]:
-    return {
-        "rng.seed": cfg.rng.seed,
-        "step_scheduler.global_batch_size": cfg.step_scheduler.global_batch_size,
-        "dataloader.drop_last": cfg.dataloader.drop_last,
-        "dataloader.length_grouped": cfg.dataloader.length_grouped,
-        "dataset fingerprint": fingerprint,
-    }
 
 
 def _checkpointer(job: Job) -> Checkpointer | None:

@@ -75,8 +75,8 @@ class ClipGradNorm(Section):
 
 class CheckpointSection(Section):
     enabled: bool = Field(description="write training checkpoints")
-    resume: Text = Field(description="auto, never, or a checkpoint's path")
-    allow_changes: bool = Field(description="go on although seed, batch or rows have changed")
+    resume: Text = Field(description="auto, never, or the path of a checkpoint to begin at")
+    allow_changes: bool = Field(description="continue although seed, batch, rows or model have changed")
     keep_last: PositiveInt | None = Field(description="how many of the newest are kept; null: all")
     keep_every: PositiveInt | None = Field(description="those of every so many steps are kept as well")
     keep_best: Text | None = Field(description="the best as well: min:loss or max:metric/NAME")

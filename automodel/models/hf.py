@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ log = get_logger(__name__)
 
 WeightDtype = Literal["float32", "bfloat16"]
 
+_NUM_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+"""Of each weight file, spread evenly: 1 MiB, in which any two trainings of a model differ."""
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 
 
@@ -65,6 +68,18 @@ class HFModel:
         if Path(path).is_dir():
             return Path(path)
         return Path(snapshot_download(path, revision=self.revision, allow_patterns=_WEIGHTS, ignore_patterns="*/*"))
+
+    def weights_fingerprint(self) -> str:
+        """Return a hash that tells other weights apart: of samples from every file, since whole ones take minutes."""
+        digest, folder = hashlib.sha256(), self.weights_folder()
+        for path in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as file:
+                for number in range(_NUM_SAMPLES):
+                    file.seek(max(0, size - _SAMPLE_BYTES) * number // (_NUM_SAMPLES - 1))
+                    digest.update(file.read(_SAMPLE_BYTES))
+        return digest.hexdigest()[:16]
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer that belongs to the weights."""

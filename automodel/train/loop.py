@@ -77,7 +77,7 @@ class TrainLoop:
         evaluators: run at every validation step, before a checkpoint.
         checkpointer: None where no training checkpoints are wanted.
         metrics_size: the length in bytes of the metrics file, noted in every checkpoint.
-        resume_facts: what decides the rows of each step, noted in every checkpoint.
+        resume_facts: what a later start compares itself with, noted in every checkpoint.
         dump_folder: where the batch of a step that was not finite is kept.
         is_evaluation_due: whether the evaluation of the current step is still to come, because the run begins with it
             or was stopped before or during it.

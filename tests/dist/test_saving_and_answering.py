@@ -61,6 +61,23 @@ def test_it_goes_on_in_its_own_and_in_another_layout(two_ranks, tmp_path, strate
         torch.testing.assert_close(got[name], weight, rtol=1e-4, atol=1e-6)
 
 
+def options_after_loading(folder: str) -> list[dict[str, Any]]:
+    for lr, options in ((1e-2, {}), (1e-3, {"betas": (0.5, 0.6), "eps": 1e-6, "weight_decay": 0.3})):
+        model, _, _ = parallel_model("ddp")
+        optimizer = adamw(parameter_groups(model), lr=lr, **options)
+        if not options:
+            Checkpointer(Path(folder), retention=Retention()).save(TrainState(model, optimizer), progress={"step": 1}, rng={})
+    load_checkpoint(Path(folder) / "step_00000001", TrainState(model, optimizer))
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def test_the_optimizer_keeps_the_options_that_it_was_built_with(two_ranks, tmp_path):
+    (matrices, vectors), _ = two_ranks.run(options_after_loading, str(tmp_path))
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)
+    for group in (matrices, vectors):
+        assert (group["lr"], group["betas"], group["eps"]) == (1e-3, (0.5, 0.6), 1e-6)
+
+
 def steps_of(strategy: str, folder: str, first: int, last: int) -> Any:
     return steps(strategy, folder, first=first, last=last)
 

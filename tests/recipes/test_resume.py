@@ -82,3 +82,60 @@ def test_the_latest_checkpoint_is_the_one_that_latest_names(tmp_path):
     output = run(*argv, "step_scheduler.max_steps=4", "step_scheduler.ckpt_every_steps=9")
     assert f"step_00000004 is passed over: {checkpoints}/latest names step_00000002" in output
     assert "at step 2" in output
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of 3 steps that saved at each."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(*THREE, f"output_dir={folder}")
+    return folder
+
+
+THREE = [*FAST, "step_scheduler.max_steps=3", "step_scheduler.ckpt_every_steps=1", "optimizer.lr=1e-3",
+         "lr_scheduler=constant", "lr_scheduler.warmup_ratio=0"]  # fmt: skip
+
+
+def test_a_changed_rate_is_used_told_and_written_down(finished, tmp_path):
+    again = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    output = run(*THREE, "step_scheduler.max_steps=4", "optimizer.lr=1e-5", "optimizer.weight_decay=0.5",
+                 f"output_dir={again}")  # fmt: skip
+    assert "optimizer.lr is now 1e-05, and was 0.001; used from step 4 on" in output
+    assert "optimizer.weight_decay is now 0.5, and was 0.1; used from step 4 on" in output
+    assert [record["lr"] for record in records(again)] == [1e-3, 1e-3, 1e-3, 1e-5]
+    assert "lr: 1.0e-05\n" in (again / "config.yaml").read_text()
+    assert "optimizer.lr is now 1e-05" in (again / "train.log").read_text()
+
+
+def test_a_finished_run_is_never_taken_for_another(finished, tmp_path):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file() and path.name != ".lock"}
+    output = run(*THREE, "optimizer.lr=1e-4", "rng.seed=7", f"output_dir={finished}", status=2)
+    assert "error: rng.seed is 7, but the checkpoint" in output
+    assert (
+        "is finished at step 3, so nothing would be trained with what has changed (optimizer.lr is now 0.0001" in output
+    )
+    output = run(*THREE, "step_scheduler.max_steps=2", f"output_dir={finished}", status=2)
+    assert "num_epochs end the run at step 2, but" in output and "Traceback" not in output
+    assert before == {path: path.read_bytes() for path in before}
+    assert "nothing to train: step 3 is the last" in run(*THREE, f"output_dir={finished}")
+
+
+def test_a_finished_run_without_checkpoints_keeps_its_model(tmp_path):
+    argv = [*THREE, "checkpoint.enabled=false", f"output_dir={tmp_path}/run"]
+    run(*argv)
+    output = run(*argv, "optimizer.lr=1e-4", status=2)
+    assert "holds a finished run with another configuration (optimizer.lr is now 0.0001, and was 0.001)" in output
+    run(*argv, "checkpoint.keep_last=3")  # the same run again
+
+
+def test_a_run_that_began_at_anothers_checkpoint_continues_from_its_own(finished, tmp_path):
+    seed = finished / "checkpoints" / "step_00000002"
+    argv = [*THREE, f"checkpoint.resume={seed}", f"output_dir={tmp_path}/run"]
+    run(*argv, "step_scheduler.max_steps=3")
+    output = run(*argv, "step_scheduler.max_steps=5")  # as a scheduler starts it again
+    own = tmp_path / "run" / "checkpoints" / "step_00000003"
+    assert (
+        f"checkpoint.resume={seed} is where the run began; it continues from its own newer checkpoint {own}" in output
+    )
+    assert [record["step"] for record in records(tmp_path / "run")] == [3, 4, 5]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["resumed_from_step"] == [2, 3]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from automodel.config import help_text, load_config, resolved_yaml
+from automodel.config import Config, help_text, load_config, resolved_yaml
 from automodel.config.groups import config_groups
 from automodel.types import UserError
 
@@ -197,9 +197,37 @@ REQUIRED = {
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g, options in config_groups().items() for o in options])
 def test_every_option_of_every_group_composes(group, option, monkeypatch):
     monkeypatch.chdir(ROOT)
+    assert composed(group, option)
+
+
+def composed(group: str, option: str) -> Config:
     value = f"[{option}]" if group == "logger" else option
     extra = ["evaluation=loss"] if (group, option) == ("validation_dataset", "none") else []
-    assert load_config([f"{group}={value}", *REQUIRED.get(group, {}).get(option, []), *extra], env={})
+    return load_config([f"{group}={value}", *REQUIRED.get(group, {}).get(option, []), *extra], env={})
+
+
+def keys_of(tree: dict, prefix: str = "") -> set[str]:
+    """Return every key of a tree that has a value, but for Hydra's own ``_partial_``."""
+    keys = set()
+    for name, value in tree.items():
+        is_table = isinstance(value, dict) and value
+        keys |= keys_of(value, f"{prefix}{name}.") if is_table else {f"{prefix}{name}"} - {f"{prefix}_partial_"}
+    return keys
+
+
+def test_a_table_says_of_every_key_what_a_resumed_run_does_with_another_value(monkeypatch):
+    from automodel.config.resume_policy import RULES
+
+    monkeypatch.chdir(ROOT)
+    keys = set()
+    for group, options in config_groups().items():
+        for option in options:
+            keys |= keys_of(composed(group, option).model_dump(by_alias=True))
+    tables = {rule.removesuffix("*") for rule in RULES if rule.endswith(".*")}
+    missing = {key for key in keys - RULES.keys() if not any(f"{key}.".startswith(table) for table in tables)}
+    assert not missing, f"add to automodel/config/resume_policy.py what a resume does with {sorted(missing)}"
+    fixed = {rule for rule in RULES if not rule.endswith(".*")}
+    assert fixed - keys == set(), "these rules are for keys that are no more"
 
 
 def test_what_suits_the_demo_does_not_leak_into_a_real_run(rows):

@@ -220,11 +220,15 @@ def test_other_ranks_log_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}
+
+
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
-        ({"SLURM_JOB_ID": "7"}, "7"),
-        ({"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}, "7_2"),
+        (STEP, "7"),
+        (STEP | {"SLURM_STEP_ID": "3"}, "7.3"),
+        (STEP | {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}, "7_2"),
         ({"TORCHELASTIC_RUN_ID": "abc"}, "abc"),
         ({"AUTOMODEL_RUN_ID": "mine", "SLURM_JOB_ID": "7"}, "mine"),
     ],
@@ -235,3 +239,17 @@ def test_the_run_id_is_the_jobs(env, expected):
 
 def test_without_a_job_the_run_id_is_new_each_time():
     assert default_run_id({}) != default_run_id({"TORCHELASTIC_RUN_ID": "none"})
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"},  # a batch script
+        {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_PROCID": "0"},
+        STEP | {"SLURM_PTY_PORT": "40000"},  # a shell of srun --pty
+        STEP | {"SLURM_STEP_ID": str(0xFFFFFFFA)},  # a shell of salloc
+        STEP | {"RANK": "0", "TORCHELASTIC_RUN_ID": "none"},  # torchrun started by srun
+    ],
+)
+def test_two_runs_in_one_allocation_get_ids_of_their_own(env):
+    assert default_run_id(env) != default_run_id(env)
