@@ -23,11 +23,12 @@ from automodel.config import (
     load_command_line,
     sweep_jobs,
 )
+from automodel.launch.continuation import continuation, has_checkpoint, note_continuation
 from automodel.launch.local import LocalLaunch
 from automodel.launch.run_id import default_run_id
 from automodel.launch.submission import forget_interactive_step, submission_of
 from automodel.launch.sweep import run_sweep
-from automodel.launch.worker import die_with_launcher, is_worker, leave, tell_failure
+from automodel.launch.worker import LAUNCHER_PID, die_with_launcher, is_worker, leave, tell_failure
 from automodel.logs import get_logger, setup_logging
 from automodel.screen import clear_screen_lines, show_phase
 from automodel.types import ExitStatus, RunError, UserError
@@ -63,18 +64,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if jobs is not None:
         sys.exit(run_sweep(jobs))
     elif is_worker(os.environ):
-        leave(run_recipe(cfg))
+        leave(run_recipe(cfg, argv))
     else:
         launch = _launch_of(cfg)
         if not isinstance(launch, LocalLaunch):
             sys.exit(_submit(launch, cfg, argv))
         if launch.nproc_per_node == 1 and not launch.max_restarts:
-            leave(run_recipe(cfg))
+            leave(run_recipe(cfg, argv))
         log.info("%s: starting %d processes", cfg.recipe.name, launch.nproc_per_node)
         sys.exit(launch.run("automodel.run", argv))
 
 
-def run_recipe(cfg: Config) -> ExitStatus:
+def run_recipe(cfg: Config, argv: list[str]) -> ExitStatus:
     """Run the recipe of ``cfg`` in this process, as one rank of its job, and return how it ended."""
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
     setup_logging(rank)
@@ -109,6 +110,8 @@ def run_recipe(cfg: Config) -> ExitStatus:
     watchdog = start_watchdog(info, cfg.dist_env.init_timeout_minutes, tell=tell_failure, before_exit=note_failure)
     try:
         run_dir, run_id = _open_run_dir(cfg, info)
+        if info.is_main:
+            note_continuation(continuation(argv, run_dir.path), run_dir.checkpoints_dir)
         if watchdog is not None:
             watchdog.record_folder = run_dir.flight_recorder_dir
         from automodel.recipes.assembly import Job  # brings in transformers, so only once the lock is ours
@@ -119,6 +122,9 @@ def run_recipe(cfg: Config) -> ExitStatus:
         status, ended = _how_it_failed(error, watchdog)
     if run_dir is not None and info.is_main:
         _close_run_dir(run_dir, status, ended)
+        ended_early = status in (ExitStatus.STOPPED, ExitStatus.FAILED)
+        if ended_early and LAUNCHER_PID not in os.environ and has_checkpoint(run_dir.checkpoints_dir):
+            print(continuation(argv, run_dir.path), file=sys.stderr, flush=True)
     if watchdog is not None:
         watchdog.leave()
     if status in (ExitStatus.DONE, ExitStatus.STOPPED):

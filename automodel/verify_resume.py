@@ -131,9 +131,9 @@ def run_config(cfg: Config, *, num_steps: int) -> tuple[dict[str, Any], list[str
     tree, notes = cfg.model_dump(by_alias=True), []
     steps = tree["step_scheduler"]
     steps |= {"max_steps": min(num_steps, steps["max_steps"] or num_steps), "log_every_steps": 1}
-    if steps["ckpt_every_steps"] is None:
+    if steps["ckpt_every_steps"] in (None, "auto"):
         steps["ckpt_every_steps"] = _CKPT_EVERY
-        notes.append(f"step_scheduler.ckpt_every_steps={_CKPT_EVERY} here, since none is set")
+        notes.append(f"step_scheduler.ckpt_every_steps={_CKPT_EVERY} here, since no number is set")
     tree["checkpoint"] |= {"enabled": True, "resume": "auto"}
     tree["export"]["enabled"] = True
     tree["logger"] = ours["logger"]

@@ -175,6 +175,7 @@ def build_loop(
     steps = StepScheduler(
         steps_per_epoch=loader.steps_per_epoch,
         **cfg.step_scheduler.model_dump(exclude={"global_batch_size", "local_batch_size"}),
+        keeps_best=cfg.checkpoint.keep_best is not None,
     )
     if not evaluators:
         steps.val_every_steps = None
@@ -186,12 +187,14 @@ def build_loop(
     if job.base_weights is not None:
         facts["base weights"] = job.base_weights
     start = choose_start(cfg, job.run_dir, facts=facts, total_steps=steps.total_steps)
-    rng, is_evaluation_due = None, False
+    rng, is_evaluation_due = None, bool(cfg.evaluation) or steps.val_every_steps == "auto"
     if start.checkpoint is not None:
         saved, rng = load_checkpoint(start.checkpoint, TrainState(model, optimizer))
         steps.step = saved["step"]
         is_evaluation_due = saved.get("is_evaluation_due", False)
         loader.load_state_dict(saved["loader"])
+        if loader.is_exhausted:
+            steps.end_here()
         for _ in range(steps.step):  # a schedule depends on the steps alone, so a changed one applies at once
             lr_scheduler.step()
     _open_run(
@@ -359,7 +362,10 @@ def _log_plan(job: Job, loop: TrainLoop, *, num_rows: int | None, num_parameters
     cfg, info, steps = job.cfg.step_scheduler, job.dist_info, loop.steps
     accumulation = cfg.global_batch_size // (cfg.local_batch_size * job.dp.size)
     trained = sum(p.numel() for p in loop.model.parameters() if p.requires_grad)
-    saves = steps.count(steps.ckpt_every_steps) if loop.checkpointer else 0
+    saves = steps.count(steps.ckpt_interval) if loop.checkpointer else 0
+    is_first_due = loop.is_evaluation_due and steps.step == 0
+    evaluations = steps.count(steps.val_interval) + is_first_due if loop.evaluators else 0
+    by_clock = ", and every minute or so" if loop.checkpointer and steps.saves_by_clock else ""
     lines = {
         "recipe": job.cfg.recipe.name,
         "devices": f"{info.world_size} x {info.device.type} ({info.backend})",
@@ -369,8 +375,8 @@ def _log_plan(job: Job, loop: TrainLoop, *, num_rows: int | None, num_parameters
         "global batch": f"{cfg.global_batch_size} = {cfg.local_batch_size} local x {accumulation} accumulated "
         f"x {job.dp.size} data-parallel",
         "steps": f"{steps.total_steps:,}" + (f" ({steps.steps_per_epoch:,} an epoch)" if steps.steps_per_epoch else ""),
-        "evaluations": str(steps.count(steps.val_every_steps) if loop.evaluators else 0),
-        "saves": str(saves),
+        "evaluations": str(evaluations),
+        "saves": f"{saves}{by_clock}",
         "output": str(job.run_dir.path),
     }
     table = Table(show_header=False)

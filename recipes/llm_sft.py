@@ -66,7 +66,6 @@ def run(job: Job) -> None:
     )
     if data.train_set is not None and (len(data.sources) > 1 or data.pack_length):
         log.info("an epoch\n%s", as_text(_shares(data.train_set)))
-    loop.is_evaluation_due |= cfg.evaluation is not None and loop.steps.step == 0
     train_and_export(job, loop, tokenizer=tokenizer)
     if scores:
         _report(scores)

@@ -75,17 +75,23 @@ def choose_start(cfg: Config, run_dir: RunDir, *, facts: dict[str, Any], total_s
 
 def _newer_of(seed: Path, own: Path | None) -> Path:
     """Return the checkpoint ``seed``, from which the run was to start, unless it has come further since."""
-    require_whole(seed)
-    if own is None:
-        return seed
-    seed_step, own_step = run_on_main(lambda: (read_progress(seed)["step"], read_progress(own)["step"]))
-    if own_step <= seed_step:
+    seed_step, own_step = run_on_main(lambda: (_step_of(seed), None if own is None else _step_of(own)))
+    if own is None or (seed_step is not None and own_step <= seed_step):
+        require_whole(seed)
         return seed
     log.info(
-        "checkpoint.resume=%s is where the run began; it continues from its own newer checkpoint %s. To begin again at "
-        "step %d choose another output_dir", seed, own, seed_step,
+        "checkpoint.resume=%s is where the run began; it continues from its own newer checkpoint %s. To begin there "
+        "again choose another output_dir", seed, own,
     )  # fmt: skip
     return own
+
+
+def _step_of(folder: Path) -> int | None:
+    """Return the step of a checkpoint, or None where it cannot be read any more."""
+    try:
+        return read_progress(folder)["step"]
+    except UserError:
+        return None
 
 
 def _require_fitting(

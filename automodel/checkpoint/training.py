@@ -81,6 +81,7 @@ class Checkpointer:
         self._group = _create_gloo_group(timedelta(minutes=timeout_minutes))
         self._host_copy = HostCopy()
         self._write: Future[None] | None = None
+        self.last_save_sec = 0.0  # from its begin until it was written
 
     @property
     def must_stop(self) -> bool:
@@ -164,6 +165,7 @@ class Checkpointer:
             self._fail(final, error)
             return
         took_sec = time.monotonic() - started
+        self.last_save_sec = waited_sec + took_sec
         waited_sec = waited_sec if self.is_async else took_sec
         log.info("checkpoint %s; training waited %.2f s, writing took %.2f s", final, waited_sec, took_sec)
         write.set_result(None)
@@ -330,9 +332,8 @@ def _misfit(folder: Path, error: str) -> str:
     lacking = re.search(r"optimizer\.state\.(\S+)\.(\w+)", error)
     if lacking:
         return (
-            f"checkpoint.resume={folder} holds no {lacking[2]} of the optimizer: it was saved with another optimizer, "
-            "or with another option that decides what the optimizer keeps (momentum); put that back, or begin a new "
-            "run with another output_dir"
+            f"checkpoint.resume={folder} holds no {lacking[2]} of the optimizer: it was saved with another optimizer "
+            "or without momentum; put that back, or begin a new run with another output_dir"
         )
     return f"checkpoint.resume={folder} does not fit this model: {error}"
 

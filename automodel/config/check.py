@@ -184,7 +184,7 @@ def _check_evaluation(cfg: Config) -> Iterator[str]:
     if cfg.validation_dataset is None:
         if cfg.evaluation:
             yield "evaluation=generation needs rows to answer: choose a validation_dataset"
-        if cfg.step_scheduler.val_every_steps is not None:
+        if isinstance(cfg.step_scheduler.val_every_steps, int):
             yield "step_scheduler.val_every_steps is set, but there is no validation_dataset"
 
 
@@ -207,7 +207,8 @@ def _check_numbers(cfg: Config) -> Iterator[str]:
 def _check_checkpoint(cfg: Config) -> Iterator[str]:
     yield from _check_keep_best(cfg)
     resume = cfg.checkpoint.resume
-    if resume not in ("auto", "never") and not Path(resume).is_dir():
+    has_own = cfg.output_dir is not None and Path(cfg.output_dir, "checkpoints", "latest").exists()
+    if resume not in ("auto", "never") and not Path(resume).is_dir() and not has_own:
         yield f"checkpoint.resume={resume} must be auto, never, or the folder of a checkpoint; there is no such folder"
     if cfg.output_dir is not None and Path(cfg.output_dir).exists() and not Path(cfg.output_dir).is_dir():
         yield f"output_dir={cfg.output_dir} is a file, not a folder"
@@ -223,7 +224,7 @@ def _check_keep_best(cfg: Config) -> Iterator[str]:
     if cfg.validation_dataset is None:
         yield f"checkpoint.keep_best={best} needs a validation_dataset"
     save, validate = cfg.step_scheduler.ckpt_every_steps, cfg.step_scheduler.val_every_steps
-    if save is not None and (validate is None or save % validate):
+    if isinstance(save, int) and validate != "auto" and (validate is None or save % validate):
         yield (
             f"checkpoint.keep_best={best} chooses among checkpoints of steps that are validated: "
             f"step_scheduler.val_every_steps={'null' if validate is None else validate} must divide "

@@ -20,6 +20,7 @@ def _number_is_text(value: Any) -> Any:
 
 Text = Annotated[str, BeforeValidator(_number_is_text)]
 OptionalTarget = Annotated[Target | None, BeforeValidator(_empty_is_none)]
+Cadence = PositiveInt | Literal["auto"] | None
 PositiveNumber = Annotated[float, Field(gt=0)]
 
 
@@ -52,8 +53,8 @@ class StepSchedulerSection(Section):
     local_batch_size: PositiveInt = Field(description="rows a micro-batch, on each rank")
     num_epochs: PositiveInt = Field(description="epochs or max_steps: whichever ends first")
     max_steps: PositiveInt | None = Field(description="optimizer steps at most")
-    val_every_steps: PositiveInt | None = Field(description="null: validate at the end")
-    ckpt_every_steps: PositiveInt | None = Field(description="null: save at the end")
+    val_every_steps: Cadence = Field(description="auto: before, a few times on the way, at the end; null: at the end")
+    ckpt_every_steps: Cadence = Field(description="auto: so that a kill loses minutes; null: at the end")
     log_every_steps: PositiveInt = Field(description="steps between logged lines")
 
 

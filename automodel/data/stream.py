@@ -197,6 +197,7 @@ class StreamLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._state = state
+        self.is_exhausted = state["epoch"] >= self.stream.num_epochs
 
     def __iter__(self) -> Iterator[list[Batch]]:
         steps = self._read() if self._is_reader else iter(())

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from automodel.launch.continuation import noted_continuation
 from automodel.launch.run_id import default_run_id
 from automodel.launch.worker import LAUNCHER_PID, STATUS_DIR, first_failure
 from automodel.types import ExitStatus
@@ -57,13 +58,17 @@ class LocalLaunch:
             try:
                 with _interrupts(folder):
                     agent.elastic_launch(self._agent_config(folder, run_id), sys.executable)("-m", module, *argv)
+                status = _status_of(folder, if_none=ExitStatus.DONE)
             except ChildFailedError as error:
                 _tell_what_failed(folder, error)
-                return ExitStatus.FAILED
+                status = ExitStatus.FAILED
             except SignalException as error:
                 _tell(f"stopped by {error.sigval.name}")
-                return _status_of(folder, if_none=ExitStatus.FAILED)
-            return _status_of(folder, if_none=ExitStatus.DONE)
+                status = _status_of(folder, if_none=ExitStatus.FAILED)
+            told = noted_continuation(folder)
+            if told is not None and status in (ExitStatus.STOPPED, ExitStatus.FAILED):
+                print(told, file=sys.stderr, flush=True)
+            return status
 
     def _environment(self, folder: str, run_id: str) -> dict[str, str]:
         return {

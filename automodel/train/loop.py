@@ -19,7 +19,8 @@ from automodel.loggers.fanout import MetricSink
 from automodel.logs import get_logger, warn_for_all
 from automodel.screen import progress
 from automodel.train.meter import Meter
-from automodel.train.rng import rng_state
+from automodel.train.rng import rng_state, set_rng_state
+from automodel.train.save_clock import SaveClock
 from automodel.train.signals import StopRequest
 from automodel.train.step import (
     Batch,
@@ -101,6 +102,7 @@ class TrainLoop:
     dump_folder: Path
     is_evaluation_due: bool = False
     _unread: tuple[int, StepResult, list[Batch]] | None = field(default=None, init=False)
+    _save_clock: SaveClock = field(default_factory=SaveClock, init=False)
     _last_loss: float = field(default=float("nan"), init=False)
     _scores: tuple[int, dict[str, float]] = field(default=(0, {}), init=False)
 
@@ -130,6 +132,7 @@ class TrainLoop:
                 self.evaluate(poll)
                 if self.is_evaluation_due and self.steps.step > 0:
                     self._save_and_stop()
+            self._save_clock.restart()
             batches = self._batches()
             while not self.steps.is_last_step:
                 mark("training", step=self.steps.step + 1)
@@ -143,7 +146,7 @@ class TrainLoop:
                 if self.steps.is_log_step:
                     self._log(result, lr)
                 bar.update(self.steps.step, f"loss {self._last_loss:.4f}")
-                self._evaluate_and_save(poll, must_stop=result.num_stop_requests > 0 and not self.steps.is_last_step)
+                self._evaluate_and_save(poll, result)
             self._read_flag()
 
     def _batches(self) -> Iterator[list[Batch]]:
@@ -159,17 +162,20 @@ class TrainLoop:
             yield micro_batches
 
     def evaluate(self, poll: StopPoll) -> None:
-        """Run every evaluator and log its record; every rank must call it.
+        """Run every evaluator and log its record; every rank must call it, and nothing is drawn for training.
 
         Where a rank is asked to stop meanwhile, nothing is logged and the evaluation stays due.
         """
         mark("evaluating", step=self.steps.step)
         self.is_evaluation_due = True
+        rng = rng_state()
         try:
             results = [(evaluator.name, evaluator.run(poll)) for evaluator in self.evaluators]
         except CutShort:
             log.info("the evaluation at step %d is cut short by a signal", self.steps.step)
             return
+        finally:
+            set_rng_state(rng)
         self.is_evaluation_due = False
         self._scores = (self.steps.step, {})
         for name, result in results:
@@ -188,6 +194,7 @@ class TrainLoop:
             optimizer=self.optimizer,
             config=self.step_config,
             wants_stop=stop.is_set or (self.checkpointer is not None and self.checkpointer.must_stop),
+            wants_save=self._is_save_due_by_clock(),
         )
         self.lr_scheduler.step()
         self.steps.step += 1
@@ -240,16 +247,18 @@ class TrainLoop:
             self.steps.step, self.steps.total_steps, loss, record["grad_norm"], lr, record["tokens_per_sec"],
         )  # fmt: skip
 
-    def _evaluate_and_save(self, poll: StopPoll, *, must_stop: bool) -> None:
+    def _evaluate_and_save(self, poll: StopPoll, result: StepResult) -> None:
+        must_stop = result.num_stop_requests > 0 and not self.steps.is_last_step
+        is_save_due = self.steps.is_ckpt_step or result.num_save_requests > 0
         self.is_evaluation_due = self.steps.is_val_step
-        if not (self.is_evaluation_due or self.steps.is_ckpt_step or must_stop):
+        if not (self.is_evaluation_due or is_save_due or must_stop):
             return
         with collective_timeout(self.timeouts.slow_phase, then_minutes=self.timeouts.training):
             if self.is_evaluation_due and not must_stop:
                 self.evaluate(poll)
             if must_stop or self.is_evaluation_due:
                 self._save_and_stop()
-            if self.steps.is_ckpt_step and self.checkpointer is not None:
+            if is_save_due and self.checkpointer is not None:
                 self._read_flag()
                 self._save()
                 if self.steps.is_last_step:
@@ -262,8 +271,15 @@ class TrainLoop:
             self.checkpointer.finish(must_be_saved=True)
         raise RunStopped(self.steps.step, is_saved=self.checkpointer is not None)
 
+    def _is_save_due_by_clock(self) -> bool:
+        """Return whether this rank is the one that reads the clock, and a save is due by it."""
+        if self.checkpointer is None or not self.steps.saves_by_clock or torch.distributed.get_rank() != 0:
+            return False
+        return self._save_clock.is_due(save_sec=self.checkpointer.last_save_sec)
+
     def _save(self) -> None:
         mark("saving", step=self.steps.step)
+        self._save_clock.restart()
         place = {"step": self.steps.step, "loader": self.loader.state_dict(), "metrics_size": self.metrics_size()}
         measured_at, metrics = self._scores
         outcome = {"metrics": metrics if measured_at == self.steps.step else {}, "total_steps": self.steps.total_steps}

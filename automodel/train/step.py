@@ -73,6 +73,7 @@ class StepResult:
         is_bad: whether the loss or the norm was not finite, so that no weight changed.
         sum_squared_lengths: of the documents, packed or padded; the padded tail of a pack counts as one.
         num_stop_requests: ranks that asked to stop after this step.
+        num_save_requests: ranks that asked for a checkpoint after this step.
     """
 
     loss_sum: torch.Tensor
@@ -82,6 +83,7 @@ class StepResult:
     num_tokens: int
     sum_squared_lengths: int
     num_stop_requests: int
+    num_save_requests: int
 
 
 def train_step(
@@ -92,6 +94,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     config: StepConfig,
     wants_stop: bool = False,
+    wants_save: bool = False,
 ) -> StepResult:
     """Take one optimizer step over ``micro_batches``; every rank must call it with as many of them.
 
@@ -100,8 +103,8 @@ def train_step(
     not finite, changes no weight on any rank.
     """
     # On the host, where gloo sums them over the ranks while the backward runs: the device is never waited for.
-    counts = torch.tensor([*_count_tokens(micro_batches), int(wants_stop)], dtype=torch.int64)
-    # Over all ranks, since those of a tensor-parallel group must hear of a stop as well.
+    # Over all ranks, also those of a tensor-parallel group, which count the same rows: they must all stop or save.
+    counts = torch.tensor([*_count_tokens(micro_batches), int(wants_stop), int(wants_save)], dtype=torch.int64)
     counts_ready = dist.all_reduce(counts, async_op=True)
 
     losses = []
@@ -116,7 +119,7 @@ def train_step(
 
     loss_sum = sum_losses(losses, device=config.device, dp_group=config.dp_group)
     wait_for(counts_ready)
-    counts[:2] //= dist.get_world_size() // dist.get_world_size(config.dp_group)  # each of which has counted its rows
+    counts[:-2] //= dist.get_world_size() // dist.get_world_size(config.dp_group)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     num_averaged = num_ranks_averaged(model, dist.get_world_size(config.dp_group))
     # It stays on the host, which knows the counts: a copy to the device would wait for the whole backward, and a scalar

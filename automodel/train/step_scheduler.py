@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
+
+_NUM_EVALUATIONS = 5
+"""Evaluations that ``auto`` spreads evenly over a run: enough to see a trend."""
 
 
 @dataclass
@@ -12,15 +17,19 @@ class StepScheduler:
     Attributes:
         steps_per_epoch: optimizer steps that one pass over the rows takes; None for a stream, whose end is not
             known before it comes, so that ``max_steps`` must be set.
+        val_every_steps: ``auto``: a few times in the run; None: at the end alone.
+        ckpt_every_steps: ``auto``: the loop saves by the clock in between; None: at the end alone.
+        keeps_best: the best checkpoint is kept, so that ``auto`` lets saves and evaluations fall together.
         step: optimizer steps done; the only state.
     """
 
     steps_per_epoch: int | None
     num_epochs: int
     max_steps: int | None = None
-    val_every_steps: int | None = None
-    ckpt_every_steps: int | None = None
+    val_every_steps: int | Literal["auto"] | None = None
+    ckpt_every_steps: int | Literal["auto"] | None = None
     log_every_steps: int = 1
+    keeps_best: bool = False
     step: int = 0
 
     @property
@@ -40,12 +49,32 @@ class StepScheduler:
         return self.is_last_step or self.step == 1 or self.step % self.log_every_steps == 0
 
     @property
+    def val_interval(self) -> int | None:
+        """Steps between evaluations; None: there is one at the end alone."""
+        if self.val_every_steps != "auto":
+            return self.val_every_steps
+        if self.keeps_best and isinstance(self.ckpt_every_steps, int):
+            return self.ckpt_every_steps
+        return math.ceil(self.total_steps / _NUM_EVALUATIONS)
+
+    @property
+    def ckpt_interval(self) -> int | None:
+        """Steps between checkpoints; None: there is one at the end, and perhaps others by the clock."""
+        if self.ckpt_every_steps != "auto":
+            return self.ckpt_every_steps
+        return self.val_interval if self.keeps_best else None
+
+    @property
+    def saves_by_clock(self) -> bool:
+        return self.ckpt_every_steps == "auto"
+
+    @property
     def is_val_step(self) -> bool:
-        return self.is_last_step or _divides(self.val_every_steps, self.step)
+        return self.is_last_step or _divides(self.val_interval, self.step)
 
     @property
     def is_ckpt_step(self) -> bool:
-        return self.is_last_step or _divides(self.ckpt_every_steps, self.step)
+        return self.is_last_step or _divides(self.ckpt_interval, self.step)
 
     def end_here(self) -> None:
         """Make the current step the last."""

@@ -46,6 +46,19 @@ class Training:
         train_step(self.model, next(self.batches), loss_fn=CrossEntropy(), optimizer=self.optimizer, config=self.config)
 
 
+def requests_heard(strategy: str) -> tuple[int, int, int]:
+    """Take a step after which rank 0 wants a checkpoint and rank 1 a stop."""
+    run, rank = Training(strategy), torch.distributed.get_rank()
+    result = train_step(run.model, next(run.batches), loss_fn=CrossEntropy(), optimizer=run.optimizer,
+                        config=run.config, wants_stop=rank == 1, wants_save=rank == 0)  # fmt: skip
+    return result.num_stop_requests, result.num_save_requests, result.num_label_tokens
+
+
+def test_ranks_that_share_their_rows_hear_of_each_others_requests_too(two_ranks):
+    ((_, _, num_label_tokens), _) = two_ranks.run(requests_heard, "ddp")
+    assert two_ranks.run(requests_heard, "tp2") == [(1, 1, num_label_tokens)] * 2
+
+
 def save_both_ways(strategy: str, folder: str, is_partly_frozen: bool) -> None:
     run = Training(strategy, is_partly_frozen=is_partly_frozen)
     run.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -121,6 +122,9 @@ def test_a_signal_saves_and_ends_with_75_and_the_run_goes_on(tmp_path, layout):
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
+    *_, words, command = output.splitlines()
+    assert words == "to continue:" and shlex.split(command)[1:4] == ["-m", "automodel.run", FAST[0]]
+    assert f"output_dir={folder}" in shlex.split(command) and "step_scheduler.max_steps=500" in shlex.split(command)
     stopped_at = len(records(folder))
     assert 2 <= stopped_at < 500
     assert (folder / "checkpoints" / "latest").resolve().name == f"step_{stopped_at:08d}"
@@ -214,6 +218,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_batch(tmp_path):
         status=1,
     )
     assert "step 3: loss sum nan" in output and "no weight was changed" in output
+    assert "to continue" not in output  # there is no checkpoint
     assert (folder / "non_finite_step_3_rank_0.pt").is_file()
     assert json.loads((folder / "run.json").read_text())["ended"]["status"] == "failed"
 
@@ -279,9 +284,9 @@ def test_more_ranks_than_rows(tmp_path):
     run(*argv, f"output_dir={tmp_path}/two", "launch.nproc_per_node=2", "distributed=fsdp2")
     run(*argv, f"output_dir={tmp_path}/one")
     for kind in ("train", "validation"):
-        (one,), (two,) = records(tmp_path / "one", kind), records(tmp_path / "two", kind)
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-        assert two["num_label_tokens"] == one["num_label_tokens"]
+        for one, two in zip(records(tmp_path / "one", kind), records(tmp_path / "two", kind), strict=True):
+            assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+            assert two["num_label_tokens"] == one["num_label_tokens"]
 
 
 def test_a_sweep_gives_every_job_a_run_of_its_own_and_ends_with_a_table(tmp_path):

@@ -36,6 +36,7 @@ def runs(base: list[str], shared_data: Path, tmp_path_factory) -> dict[str, Path
             "validation_dataset=jsonl", "evaluation=generation",
             f"validation_dataset.path={shared_data}/sft/gsm8k_test.jsonl", "validation_dataset.limit=9",
             "evaluation.max_new_tokens=6", "evaluation.batch_size=2", "step_scheduler.max_steps=10",
+            "step_scheduler.val_every_steps=null",
             f"output_dir={out[name]}", *layout,
         )  # fmt: skip
     return out

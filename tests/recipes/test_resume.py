@@ -49,7 +49,8 @@ def test_dropout_goes_on_to_the_last_bit(stories, tmp_path, name):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": "Once " * n, "completion": "upon a time"}) + "\n" for n in range(32)))
     argv = [*model, "dataset=jsonl", f"dataset.path={rows}", "optimizer.lr=1e-2", "step_scheduler.max_steps=4",
-            "step_scheduler.ckpt_every_steps=2", "step_scheduler.local_batch_size=4", *options]  # fmt: skip
+            "step_scheduler.ckpt_every_steps=2", "step_scheduler.local_batch_size=4", "validation_dataset=jsonl",
+            f"validation_dataset.path={rows}", *options]  # fmt: skip
     whole = tmp_path / "whole"
     run(*argv, f"output_dir={whole}")
     again = cut_back(whole, tmp_path / "again", to_step=2)
@@ -57,6 +58,10 @@ def test_dropout_goes_on_to_the_last_bit(stories, tmp_path, name):
     assert json.loads((again / "run.json").read_text())["resumed_from_step"] == [None, 2]
     assert [numbers(record) for record in records(again)] == [numbers(record) for record in records(whole)]
     assert weights(again, file) == weights(whole, file)
+    # The first was measured before training, by the whole run alone.
+    assert [record["step"] for record in records(whole, "validation")] == [0, 1, 2, 3, 4]
+    losses = [[record["loss"] for record in records(folder, "validation")] for folder in (whole, again)]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("optimizer", [["optimizer=sgd", "optimizer.momentum=0.9"], ["optimizer=adamw"]],
@@ -130,8 +135,10 @@ def test_a_finished_run_without_checkpoints_keeps_its_model(tmp_path):
 
 def test_a_run_that_began_at_anothers_checkpoint_continues_from_its_own(finished, tmp_path):
     seed = finished / "checkpoints" / "step_00000002"
+    seed = shutil.copytree(seed, tmp_path / "seed")
     argv = [*THREE, f"checkpoint.resume={seed}", f"output_dir={tmp_path}/run"]
     run(*argv, "step_scheduler.max_steps=3")
+    shutil.rmtree(seed)
     output = run(*argv, "step_scheduler.max_steps=5")  # as a scheduler starts it again
     own = tmp_path / "run" / "checkpoints" / "step_00000003"
     assert (
@@ -139,3 +146,21 @@ def test_a_run_that_began_at_anothers_checkpoint_continues_from_its_own(finished
     )
     assert [record["step"] for record in records(tmp_path / "run")] == [3, 4, 5]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["resumed_from_step"] == [2, 3]
+
+
+def test_by_default_checkpoints_are_saved_on_the_way_by_the_clock_of_one_rank(tmp_path):
+    argv = [*FAST, "loss_fn._target_=tests.recipes.faulty_losses.SavedAtOnce", "step_scheduler.max_steps=3",
+            "checkpoint.keep_last=null", "launch.nproc_per_node=2", "distributed=fsdp2",
+            f"output_dir={tmp_path}/run"]  # fmt: skip
+    assert "1, and every minute or so" in run(*argv)
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert saved == ["step_00000001", "step_00000002", "step_00000003"]
+
+
+def test_a_stream_that_came_to_its_end_is_finished(stories, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Once", "completion": "upon a time"}\n' * 12)
+    argv = ["model=hf", f"model.pretrained_model_name_or_path={stories}", "dataset=jsonl", f"dataset.path={rows}",
+            "dataset.streaming=true", "step_scheduler.max_steps=9", f"output_dir={tmp_path}/run"]  # fmt: skip
+    assert "the rows end before step_scheduler.max_steps=9" in run(*argv)
+    assert "nothing to train: step 2 is the last" in run(*argv)

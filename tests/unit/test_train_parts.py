@@ -15,6 +15,7 @@ from automodel.optim.schedules import constant, cosine, linear
 from automodel.train.flops import TrainingFlops
 from automodel.train.meter import Meter
 from automodel.train.rng import rng_state, seed_everything, set_rng_state
+from automodel.train.save_clock import SaveClock
 from automodel.train.signals import StopRequest
 from automodel.train.step_scheduler import StepScheduler
 
@@ -185,3 +186,34 @@ def test_a_rank_on_the_cpu_takes_no_memory_of_a_device_that_is_there(monkeypatch
     state = rng_state()
     assert "cuda" not in state
     set_rng_state(state | {"cuda": "00"})
+
+
+def due(**options) -> tuple[list[int], list[int]]:
+    """Return the steps at which an evaluation and a checkpoint are due."""
+    steps = StepScheduler(10_000, num_epochs=1, **options)
+    found = ([], [])
+    for step in range(1, steps.total_steps + 1):
+        steps.step = step
+        for name, is_due in enumerate((steps.is_val_step, steps.is_ckpt_step)):
+            found[name].extend([step] if is_due else [])
+    return found
+
+
+def test_auto_evaluates_a_few_times_in_short_and_long_runs_and_saves_by_the_clock():
+    auto = {"val_every_steps": "auto", "ckpt_every_steps": "auto"}
+    assert due(max_steps=20, **auto) == ([4, 8, 12, 16, 20], [20])
+    assert due(max_steps=3, **auto) == ([1, 2, 3], [3])
+    assert due(max_steps=9999, **auto)[0] == [2000, 4000, 6000, 8000, 9999]
+    assert due(max_steps=20) == ([20], [20])
+    assert due(max_steps=20, keeps_best=True, **auto)[1] == [4, 8, 12, 16, 20]
+    assert due(max_steps=20, keeps_best=True, val_every_steps="auto", ckpt_every_steps=8)[0] == [8, 16, 20]
+
+
+def test_the_clock_asks_for_a_save_every_minute_or_so_and_seldom_where_saves_take_long():
+    now = [0.0]
+    clock = SaveClock(lambda: now[0])
+    for second, save_sec, expected in ((59, 0, False), (60, 0, True), (60, 9, False), (90, 9, True), (1800, 999, True)):
+        now[0] = second
+        assert clock.is_due(save_sec=save_sec) is expected, second
+    clock.restart()
+    assert not clock.is_due(save_sec=0)
