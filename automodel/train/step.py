@@ -150,7 +150,7 @@ def settle_gradient_buckets(
     if not isinstance(find_wrapper(model), DistributedDataParallel) or dist.get_world_size(config.dp_group) < 3:
         return
     state = rng_state()
-    batch = {name: tensor.to(config.device) for name, tensor in batch.items()}
+    batch = {name: tensor.to(config.device, non_blocking=True) for name, tensor in batch.items()}
     with config.autocast():
         loss_sum = loss_fn(model, batch)
     loss_sum.backward()
