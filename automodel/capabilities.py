@@ -3,12 +3,12 @@
 STRATEGY_OPTIONS: dict[str, dict[str, str]] = {
     "ddp": {
         "defer_grad_sync": "DDP always reduces gradients once a step",
-        "mixed_precision": "autocast; the weights keep model.dtype",
+        "mixed_precision": "autocast, with trained weights in float32; pure_bf16: in bf16",
         "activation_checkpointing": "recompute activations in the backward",
     },
     "fsdp2": {
         "defer_grad_sync": "reduce-scatter once a step instead of once a micro-batch",
-        "mixed_precision": "parameters gathered in bf16, gradients reduced in float32",
+        "mixed_precision": "weights gathered in bf16, kept and reduced in float32; pure_bf16: kept in bf16",
         "dp_replicate_size": "HSDP: replicas of the sharded model",
         "tp_size": "tensor parallel by the model's own plan, with or without replicas",
         "sequence_parallel": "with tp_size: the sequence is split between the parallel blocks",

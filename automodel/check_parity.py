@@ -120,6 +120,8 @@ def both_configs(cfg: Config, *, num_steps: int, sets_precision: bool) -> tuple[
         layout["peft"]["dropout"] = 0.0
     if not sets_precision:
         layout["distributed"]["mixed_precision"] = "float32"
+        if "dtype" in layout["model"]:
+            layout["model"]["dtype"] = "float32"
     precision = layout["distributed"].get("mixed_precision", "float32")
     reference = layout | {
         "distributed": ours["distributed"] | {"mixed_precision": precision},

@@ -32,7 +32,7 @@ Writes the Hugging Face directory OUT from a training checkpoint, OUTPUT_DIR/che
 any layout, in one process. Of a run with adapters, OUT is the adapter, in PEFT's format.
 
 Keys
-  export.dtype             float32, bfloat16 or float16; otherwise as saved
+  export.dtype             float32, bfloat16 or float16; otherwise the run's model.dtype, or as saved
   export.merge=false       of a run with adapters: the whole model, with the adapters added to its weights
   export.max_shard_size=5GB   largest weight file (KB, MB, GB, TB)
   export.verify=true       load OUT and compare its logits with those of the checkpoint's weights, before OUT appears
@@ -202,6 +202,8 @@ def export(options: Options, run: Run) -> None:
     from automodel.logs import get_logger
     from automodel.recipes.assembly import build
 
+    if options.dtype is None and run.peft is None and run.model.get("dtype") in ("float32", "bfloat16"):
+        options = replace(options, dtype=run.model["dtype"])  # in which the run writes model/ as well
     source = build(run.model)
     trained = _Trained(
         source, build(run.peft), _tokenizer(source, run), run.label_names, WeightReader(options.checkpoint)

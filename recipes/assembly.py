@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import OmegaConf
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import LRScheduler
@@ -33,16 +29,18 @@ from automodel.distributed.dist_info import DistInfo
 from automodel.distributed.first_rank import FirstRankPerNode
 from automodel.distributed.mesh import DataParallel, Strategy, data_parallel
 from automodel.distributed.ordering import collective_timeout, everywhere, run_on_main, set_collective_timeout
+from automodel.distributed.precision import Precision, convert_weights_, resolve_precision
 from automodel.distributed.watchdog import mark
-from automodel.distributed.wrappers import is_peft_model, unwrap
+from automodel.distributed.wrappers import unwrap
 from automodel.loggers.fanout import MetricSink, open_loggers
 from automodel.loggers.rundir import RunDir, environment_record
 from automodel.logs import add_log_file, get_logger, warn_for_all
 from automodel.models.adapters import Task, described, merge_problem
-from automodel.models.hf import HFModel
+from automodel.models.hf import HFModel, held_in
 from automodel.models.sharded_loading import unfilled_model
 from automodel.optim.optimizers import parameter_groups
 from automodel.recipes.start import choose_start, plain_config
+from automodel.recipes.summary import log_plan
 from automodel.train.flops import training_flops
 from automodel.train.loop import Evaluator, Timeouts, TrainLoop
 from automodel.train.meter import Meter
@@ -62,6 +60,7 @@ class Job:
     dist_info: DistInfo
     run_dir: RunDir
     run_id: str
+    precision: Precision = field(init=False)
     strategy: Strategy = field(init=False)
     mesh: DeviceMesh = field(init=False)
     dp: DataParallel = field(init=False)
@@ -70,12 +69,14 @@ class Job:
     """The fingerprint of the pretrained weights; None for fresh ones."""
 
     def __post_init__(self) -> None:
-        attention = str(self.cfg.model.get("attn_implementation"))
-        if attention.startswith("flash_attention") and self.dist_info.device.type == "cpu":
+        cfg, device = self.cfg, self.dist_info.device
+        attention = str(cfg.model.get("attn_implementation"))
+        if attention.startswith("flash_attention") and device.type == "cpu":
             raise UserError(
                 f"model.attn_implementation={attention} computes on a GPU alone, and this run has none; choose sdpa"
             )
-        self.strategy = build(self.cfg.distributed)
+        self.precision = resolve_precision(cfg.model, cfg.distributed, is_frozen=cfg.peft is not None, device=device)
+        self.strategy = build(cfg.distributed | self.precision.of_strategy)
         self.mesh = self.strategy.build_mesh(self.dist_info)
         self.dp = data_parallel(self.mesh)
         set_collective_timeout(self.cfg.dist_env.init_timeout_minutes)  # of the groups of the mesh too
@@ -123,6 +124,7 @@ class Job:
         """
         mark("loading the model")
         info, adapters = self.dist_info, build(self.cfg.peft)
+        source = held_in(source, self.precision.held)
         self.load_base = partial(source.build, tokenizer, label_names=label_names)
         if isinstance(source, HFModel):
             self.base_weights = run_on_main(source.weights_fingerprint)
@@ -133,8 +135,11 @@ class Job:
 
         def load() -> nn.Module:
             if unfilled is not None:
-                return unfilled.adapted(adapters, task=task)
-            return self.load_base() if adapters is None else adapters.apply(self.load_base(), task=task)
+                model = unfilled.adapted(adapters, task=task)
+            else:
+                model = self.load_base() if adapters is None else adapters.apply(self.load_base(), task=task)
+            convert_weights_(model, self.precision.trained, only_trained=True)
+            return model
 
         model = everywhere(load)
         if adapters is not None:
@@ -230,7 +235,7 @@ def build_loop(
     )
     if cfg.checkpoint.enabled and info.is_main:
         warn_of_little_room(job.run_dir.path, expected_bytes(model, build(cfg.optimizer)))
-    _log_plan(job, loop, num_rows=num_rows, num_parameters=num_parameters)
+    log_plan(job, loop, num_rows=num_rows, num_parameters=num_parameters)
     if rng is not None:
         set_rng_state(rng)  # last of all, after whatever building drew
     return loop
@@ -257,7 +262,8 @@ def train_and_export(job: Job, loop: TrainLoop, *, tokenizer: PreTrainedTokenize
         if job.cfg.export.enabled:
             mark("exporting the model")
             minutes = job.cfg.dist_env
-            with collective_timeout(minutes.init_timeout_minutes, then_minutes=minutes.timeout_minutes):
+            limits = collective_timeout(minutes.init_timeout_minutes, then_minutes=minutes.timeout_minutes)
+            with limits, job.autocast():
                 export_model(
                     loop.model,
                     tokenizer,
@@ -265,39 +271,12 @@ def train_and_export(job: Job, loop: TrainLoop, *, tokenizer: PreTrainedTokenize
                     device=job.dist_info.device,
                     load_base=job.load_base,
                     must_verify=job.cfg.export.verify,
+                    dtype=job.precision.written,
                 )
         if unsaved is not None:
             raise unsaved
     finally:
         loop.sink.close()
-
-
-def log_where_and_next(job: Job, model: nn.Module, *, next_steps: Sequence[str] = ()) -> None:
-    """End the screen with where everything lies, how the trained ``model`` is loaded, and what to try next."""
-    folder = job.run_dir.path
-    lines = []
-    if job.cfg.export.enabled:
-        lines += [f"the model: {folder / 'model'}", f"  in Python: {_how_to_load(model, folder / 'model')}"]
-    lines += [f"metrics: {folder / 'metrics.jsonl'}", f"everything else: {folder}"]
-    if next_steps:
-        lines += ["next:", *(f"  {step}" for step in next_steps)]
-    log.info("done\n%s", "\n".join(lines))
-
-
-def _how_to_load(model: nn.Module, folder: Path) -> str:
-    """Return the Python that loads ``folder``, which holds what was exported of ``model``."""
-    unwrapped = unwrap(model)
-    base = unwrapped.get_base_model() if is_peft_model(unwrapped) else unwrapped
-    is_classifier = type(base).__name__.endswith("ForSequenceClassification")
-    auto_class = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
-    options = ""
-    if is_peft_model(unwrapped):
-        auto_class = auto_class.replace("AutoModel", "AutoPeftModel")
-        options = f", num_labels={unwrapped.config.num_labels}" if is_classifier else ""
-    library = "peft" if is_peft_model(unwrapped) else "transformers"
-    return (
-        f"from {library} import {auto_class}; model = {auto_class}.from_pretrained({str(folder.resolve())!r}{options})"
-    )
 
 
 def _checkpointer(job: Job) -> Checkpointer | None:
@@ -356,37 +335,3 @@ def _open_run(job: Job, *, model: nn.Module, fingerprint: str, metrics_size: int
         add_log_file(job.run_dir.log_path)
 
     run_on_main(write)
-
-
-def _log_plan(job: Job, loop: TrainLoop, *, num_rows: int | None, num_parameters: int) -> None:
-    cfg, info, steps = job.cfg.step_scheduler, job.dist_info, loop.steps
-    accumulation = cfg.global_batch_size // (cfg.local_batch_size * job.dp.size)
-    trained = sum(p.numel() for p in loop.model.parameters() if p.requires_grad)
-    saves = steps.count(steps.ckpt_interval) if loop.checkpointer else 0
-    is_first_due = loop.is_evaluation_due and steps.step == 0
-    evaluations = steps.count(steps.val_interval) + is_first_due if loop.evaluators else 0
-    by_clock = ", and every minute or so" if loop.checkpointer and steps.saves_by_clock else ""
-    lines = {
-        "recipe": job.cfg.recipe.name,
-        "devices": f"{info.world_size} x {info.device.type} ({info.backend})",
-        "strategy": job.strategy.name,
-        "parameters": f"{num_parameters:,}, of which {trained:,} are trained",
-        "rows": "a stream" if num_rows is None else f"{num_rows:,}",
-        "global batch": f"{cfg.global_batch_size} = {cfg.local_batch_size} local x {accumulation} accumulated "
-        f"x {job.dp.size} data-parallel",
-        "steps": f"{steps.total_steps:,}" + (f" ({steps.steps_per_epoch:,} an epoch)" if steps.steps_per_epoch else ""),
-        "evaluations": str(evaluations),
-        "saves": f"{saves}{by_clock}",
-        "output": str(job.run_dir.path),
-    }
-    table = Table(show_header=False)
-    for name, value in lines.items():
-        table.add_row(name, value)
-    log.info("the plan\n%s", as_text(table))
-
-
-def as_text(table: Table) -> str:
-    """Render a rich table as plain lines, for the screen and the log file alike."""
-    console = Console(file=io.StringIO(), width=100)
-    console.print(table)
-    return console.file.getvalue().rstrip()

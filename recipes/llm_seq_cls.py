@@ -14,7 +14,8 @@ from automodel.distributed.first_rank import FirstRankPerNode
 from automodel.distributed.watchdog import mark
 from automodel.eval.validation import Validation, measure_classification, summarize_classification, validate
 from automodel.models.hf import pad_token_id
-from automodel.recipes.assembly import Job, build, build_loop, log_where_and_next, train_and_export
+from automodel.recipes.assembly import Job, build, build_loop, train_and_export
+from automodel.recipes.summary import log_where_and_next
 from automodel.train.loop import Evaluator
 
 

@@ -22,7 +22,8 @@ from automodel.logs import get_logger
 from automodel.losses.cross_entropy import forward_logits
 from automodel.models.hf import pad_token_id, stop_at
 from automodel.models.isolation import require_isolation
-from automodel.recipes.assembly import Job, as_text, build, build_loop, log_where_and_next, train_and_export
+from automodel.recipes.assembly import Job, build, build_loop, train_and_export
+from automodel.recipes.summary import as_text, log_where_and_next
 from automodel.recipes.training_data import SFTData, prepare_sft_data
 from automodel.train.loop import Evaluator
 from automodel.types import UserError
@@ -144,8 +145,8 @@ class _Evaluator:
         record = validate(self.model, self.validation, **place, autocast=job.autocast, poll=poll)
         if self.generation is None:
             return record
-        scores.append(
-            self.generation.run(
+        with job.autocast():
+            given = self.generation.run(
                 self.model,
                 self.tokenizer,
                 prompts=self.data.validation.prompts,
@@ -154,7 +155,7 @@ class _Evaluator:
                 stops=self.data.stops,
                 poll=poll,
             )
-        )
+        scores.append(given)
         return record | scores[-1].metrics()
 
 

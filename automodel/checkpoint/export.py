@@ -30,6 +30,7 @@ def export_model(
     device: torch.device | str = "cpu",
     load_base: Callable[[], PreTrainedModel] | None = None,
     must_verify: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write weights, configuration, generation settings and tokenizer to ``folder``, replacing what is there.
 
@@ -41,6 +42,7 @@ def export_model(
         device: where the live model computes.
         load_base: loads the frozen weights again, where adapters are verified.
         must_verify: False leaves the second load out.
+        dtype: in which the weights of a whole model are written; None: as they are.
 
     Raises:
         ExportError: on every rank, where what was written does not load to this model.
@@ -58,7 +60,7 @@ def export_model(
             else:
                 for alias in unwrapped.all_tied_weights_keys:
                     weights.pop(alias, None)
-                unwrapped.save_pretrained(partial, state_dict=weights)
+                _save_whole(unwrapped, partial, weights, dtype=dtype)
             weights.clear()  # before a second model comes into memory
             tokenizer.save_pretrained(partial)
             if expected is not None:
@@ -71,6 +73,18 @@ def write_generation_settings(model: nn.Module, folder: Path) -> None:
     """Write where generation stops, with the model's other settings for it; of a classifier, nothing."""
     if model.can_generate():
         model.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
+
+
+def _save_whole(
+    model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor], *, dtype: torch.dtype | None
+) -> None:
+    if dtype is not None:
+        for name, weight in weights.items():
+            weights[name] = weight.to(dtype) if weight.is_floating_point() else weight
+    model.save_pretrained(folder, state_dict=weights)
+    if dtype not in (None, model.dtype):  # which the configuration now names, and a loader goes by
+        model.config.dtype = dtype
+        model.config.save_pretrained(folder)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ def cross_checks(cfg: Config, env: Mapping[str, str] = os.environ) -> list[str]:
     checks: tuple[Callable[[Config], Iterator[str]], ...] = (
         _check_backend,
         _check_strategy,
+        _check_precision,
         _check_adapters,
         check_model,
         _check_datasets,
@@ -98,6 +99,19 @@ def _check_strategy(cfg: Config) -> Iterator[str]:
             yield "distributed.shard_optimizer_over_replicas=true needs distributed.zero_stage=3"
     if str(options.get("_target_")).endswith(".MegatronFSDP") and find_spec("megatron_fsdp") is None:
         yield "distributed=megatron_fsdp needs the package megatron-fsdp: pip install 'automodel[megatron]'"
+
+
+def _check_precision(cfg: Config) -> Iterator[str]:
+    precision, dtype = cfg.distributed.get("mixed_precision"), cfg.model.get("dtype")
+    if precision == "pure_bf16" and cfg.peft is not None:
+        yield "distributed.mixed_precision=pure_bf16: adapters are trained in float32; choose bf16 with peft"
+    if precision == "pure_bf16" and dtype == "float32":
+        yield "distributed.mixed_precision=pure_bf16 trains bf16 weights, not model.dtype=float32: choose bf16"
+    if precision == "float32" and dtype == "bfloat16" and cfg.peft is not None:
+        yield (
+            "distributed.mixed_precision=float32 cannot compute in float32 with the frozen weights of "
+            "model.dtype=bfloat16: leave one of them at auto"
+        )
 
 
 def _check_adapters(cfg: Config) -> Iterator[str]:

@@ -49,7 +49,7 @@ class Rng(Section):
 
 
 class StepSchedulerSection(Section):
-    global_batch_size: PositiveInt = Field(description="rows an optimizer step, over all ranks")
+    global_batch_size: PositiveInt = Field(description="rows an optimizer step, over all ranks; with peft 16")
     local_batch_size: PositiveInt = Field(description="rows a micro-batch, on each rank")
     num_epochs: PositiveInt = Field(description="epochs or max_steps: whichever ends first")
     max_steps: PositiveInt | None = Field(description="optimizer steps at most")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from automodel.distributed.layers import enable_activation_checkpointing
 from automodel.distributed.mesh import build_mesh
-from automodel.distributed.precision import MixedPrecision, compute_dtype
+from automodel.distributed.precision import MixedOrPurePrecision, compute_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ class DDP:
     """What ``distributed=ddp`` configures; see ``conf/distributed/ddp.yaml``."""
 
     defer_grad_sync: bool = True
-    mixed_precision: MixedPrecision = "auto"
+    mixed_precision: MixedOrPurePrecision = "auto"
     activation_checkpointing: bool = False
 
     name = "ddp"

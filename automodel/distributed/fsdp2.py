@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from automodel.distributed.layers import decoder_layers, enable_activation_checkpointing
 from automodel.distributed.mesh import REPLICATE_AXIS, SHARD_AXIS, TP_AXIS, build_mesh
-from automodel.distributed.precision import MixedPrecision, compute_dtype
+from automodel.distributed.precision import MixedOrPurePrecision, compute_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ class FSDP2:
     """What ``distributed=fsdp2`` configures; see ``conf/distributed/fsdp2.yaml``."""
 
     defer_grad_sync: bool = True
-    mixed_precision: MixedPrecision = "auto"
+    mixed_precision: MixedOrPurePrecision = "auto"
     dp_replicate_size: int = 1
     tp_size: int = 1
     sequence_parallel: bool = False
@@ -62,7 +62,7 @@ class FSDP2:
         if self.activation_checkpointing:
             enable_activation_checkpointing(model)
         dtype = compute_dtype(self.mixed_precision, dist_info.device)
-        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         has_accelerator = dist_info.device.type != "cpu"
         options = {
             "mesh": mesh[REPLICATE_AXIS, SHARD_AXIS] if self.dp_replicate_size > 1 else mesh[SHARD_AXIS],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from automodel.distributed.layers import decoder_layers, enable_activation_checkpointing
 from automodel.distributed.mesh import REPLICATE_AXIS, SHARD_AXIS, TP_AXIS, build_mesh
-from automodel.distributed.precision import MixedPrecision, compute_dtype
+from automodel.distributed.precision import MixedPrecision, compute_dtype, convert_weights_
 from automodel.types import UserError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class MegatronFSDP:
             enable_activation_checkpointing(model)
         dtype = compute_dtype(self.mixed_precision, dist_info.device)
         if dtype is not None:
-            model.to(dtype)
+            convert_weights_(model, dtype)
         has_replicas = self.dp_replicate_size > 1
         if has_replicas:
             both = mesh[REPLICATE_AXIS, SHARD_AXIS]._flatten("dp").get_group()

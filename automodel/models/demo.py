@@ -18,7 +18,7 @@ _MAX_LENGTH = 256
 class DemoModel:
     """What ``model=demo`` configures."""
 
-    dtype: WeightDtype = "float32"
+    dtype: WeightDtype = "auto"
     attn_implementation: str | None = None
 
     name = "demo"

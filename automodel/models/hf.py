@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,11 +13,13 @@ from automodel.logs import get_logger
 from automodel.types import UserError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = get_logger(__name__)
 
-WeightDtype = Literal["float32", "bfloat16"]
+WeightDtype = Literal["auto", "float32", "bfloat16"]
+"""``auto``: what the run makes of it (``distributed/precision.py``); float32 where nothing else is said."""
 
 _NUM_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 """Of each weight file, spread evenly: 1 MiB, in which any two trainings of a model differ."""
@@ -30,7 +32,7 @@ class HFModel:
 
     pretrained_model_name_or_path: str
     revision: str | None = None
-    dtype: WeightDtype = "float32"
+    dtype: WeightDtype = "auto"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
 
@@ -94,15 +96,13 @@ class HFModel:
             UserError: nothing loadable is there, or a weight of the checkpoint or of the model has no partner
                 (a new classification head excepted).
         """
-        import torch
-
         options = self._options()
         try:
             config = self._config()
             model, report = _auto_class(label_names).from_pretrained(
                 self.pretrained_model_name_or_path,
                 config=_with_labels(config, label_names, tokenizer),
-                dtype=getattr(torch, self.dtype),
+                dtype=torch_dtype(self.dtype),
                 attn_implementation=self.attn_implementation,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # told below, in words
@@ -124,13 +124,12 @@ class HFModel:
         Raises:
             UserError: no configuration can be loaded.
         """
-        import torch
         from transformers import GenerationConfig
 
         try:
             model = _auto_class(label_names).from_config(
                 _with_labels(self._config(), label_names, tokenizer),
-                dtype=getattr(torch, self.dtype),
+                dtype=torch_dtype(self.dtype),
                 attn_implementation=self.attn_implementation,
                 trust_remote_code=self.trust_remote_code,
             )
@@ -160,7 +159,7 @@ class ScratchModel:
 
     config: dict[str, Any] = field(default_factory=dict)
     tokenizer_name_or_path: str = ""
-    dtype: WeightDtype = "float32"
+    dtype: WeightDtype = "auto"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
 
@@ -206,16 +205,28 @@ def build_fresh(
     attn_implementation: str | None,
 ) -> PreTrainedModel:
     """Build a model of ``config`` with fresh weights drawn from torch's global generator."""
-    import torch
-
     for name in ("bos_token_id", "eos_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     config.pad_token_id = pad_token_id(tokenizer)
     return _auto_class(label_names).from_config(
         _with_labels(config, label_names, tokenizer),
-        dtype=getattr(torch, dtype),
+        dtype=torch_dtype(dtype),
         attn_implementation=attn_implementation,
     )
+
+
+def torch_dtype(dtype: WeightDtype) -> torch.dtype:
+    """Return the type in which weights are built."""
+    import torch
+
+    return torch.float32 if dtype == "auto" else getattr(torch, dtype)
+
+
+def held_in(source: Any, dtype: torch.dtype) -> Any:
+    """Return ``source`` such that it builds weights of ``dtype``; a model of the user's own builds as it likes."""
+    if is_dataclass(source) and hasattr(source, "dtype"):
+        return replace(source, dtype=str(dtype).removeprefix("torch."))
+    return source
 
 
 def build_unfilled(

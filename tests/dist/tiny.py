@@ -51,6 +51,9 @@ def cpu_info() -> DistInfo:
 
 STRATEGIES = {
     "ddp": DDP(),
+    "ddp bf16": DDP(mixed_precision="bf16"),
+    "fsdp2 bf16": FSDP2(mixed_precision="bf16"),
+    "hsdp bf16": FSDP2(mixed_precision="bf16", dp_replicate_size=2),
     "fsdp2": FSDP2(),
     "hsdp": FSDP2(dp_replicate_size=2),
     "zero1": MegatronFSDP(zero_stage=1),

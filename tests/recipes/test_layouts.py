@@ -132,7 +132,7 @@ OPTIONS = {
         "lr_scheduler=linear",
         "clip_grad_norm.max_norm=null",
     ],
-    "weights in bf16": ["model.dtype=bfloat16"],
+    "pure bf16": ["distributed=fsdp2", "distributed.mixed_precision=pure_bf16"],
 }
 
 
@@ -148,3 +148,28 @@ def test_every_option_of_a_strategy_trains(runs, base, tmp_path, name):
     assert first["loss"] == pytest.approx(expected["loss"], rel=tolerance)
     assert first["grad_norm"] == pytest.approx(expected["grad_norm"], rel=5 * tolerance)
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_the_model_of_a_run_in_bf16_is_trained_in_float32_and_written_in_bf16(base, stories, tmp_path, layout):
+    import torch
+    from safetensors.torch import load_file
+
+    from automodel.checkpoint.reader import WeightReader
+
+    output = run(
+        *base, "step_scheduler.max_steps=3", f"distributed={layout}", "model.dtype=bfloat16",
+        "launch.nproc_per_node=2", f"output_dir={tmp_path}/run",
+    )  # fmt: skip
+    assert "trained weights float32, computing bfloat16, model/ bfloat16" in output
+    written = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    trained = WeightReader(tmp_path / "run" / "checkpoints" / "latest")
+    num_unchanged = num_weights = 0
+    for name, start in load_file(stories / "model.safetensors").items():
+        weight = trained.read(name)
+        assert (weight.dtype, written[name].dtype) == (torch.float32, torch.bfloat16)
+        assert torch.equal(written[name], weight.to(torch.bfloat16))
+        num_unchanged += int((weight == start).sum())
+        num_weights += start.numel()
+    assert num_unchanged / num_weights < 0.05  # of bf16 weights, 97 % stay as they are
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["dtype"] == "bfloat16"

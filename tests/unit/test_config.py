@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from automodel.config import Config, help_text, load_config, resolved_yaml
-from automodel.config.groups import config_groups
+from automodel.config.groups import CONFIG_ROOT, config_groups
 from automodel.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -82,9 +82,13 @@ WRONG = [
     ("rng.deterministic=1", "rng.deterministic=1 must be true or false"),
     ("rng.seed=-1", "rng.seed=-1 must be at least 0"),
     ("on_non_finite=stopp", "must be one of stop or skip; did you mean stop?"),
-    ("model.dtype=float16", "must be one of float32 or bfloat16"),
+    ("model.dtype=float16", "must be one of auto, float32 or bfloat16"),
+    ("model.dtype=float32 distributed.mixed_precision=pure_bf16", "trains bf16 weights, not model.dtype=float32"),
+    ("peft=lora distributed.mixed_precision=pure_bf16", "adapters are trained in float32; choose bf16 with peft"),
+    ("peft=lora model.dtype=bfloat16 distributed.mixed_precision=float32", "leave one of them at auto"),
+    ("distributed=megatron_fsdp distributed.mixed_precision=pure_bf16", "must be one of auto, bf16 or float32"),
     ("dataset.truncation=rigth", "did you mean right?"),
-    ("distributed.mixed_precision=fp8", "must be one of auto, bf16 or float32"),
+    ("distributed.mixed_precision=fp8", "must be one of auto, bf16, float32 or pure_bf16"),
     ("dist_env.backend=ncll", "did you mean nccl?"),
     ("dist_env.timeout_minutes=0", "must be more than 0"),
     ("optimizer.lr=abc", "optimizer.lr=abc must be a number"),
@@ -331,6 +335,61 @@ def test_a_users_own_target_is_checked_by_its_signature(tmp_path, monkeypatch):
     assert load_config(["optimizer._target_=mine_optim.build", "+optimizer.extra=2"], env={})
     told = problems_of("optimizer._target_=mine_optim.build", "+optimizer.extar=2")
     assert "optimizer.extar is not an option of build; did you mean extra?" in told
+
+
+PRETRAINED = ("model=hf", "model.pretrained_model_name_or_path=owner/name", "dataset=jsonl", "dataset.path=README.md")
+
+
+def rate_and_batch(*argv: str) -> tuple[float, int]:
+    config = load_config([*argv], env={})
+    return config.optimizer["lr"], config.step_scheduler.global_batch_size
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], (1e-5, 8)),
+        (["peft=lora"], (2e-4, 16)),
+        (["peft=dora"], (2e-4, 16)),
+        (["peft=lora", "recipe=llm_seq_cls"], (2e-4, 16)),
+        (["optimizer=sgd"], (1e-3, 8)),
+        (["peft=lora", "optimizer=sgd"], (2e-2, 16)),
+        (["optimizer.lr=3e-5", "peft=lora"], (3e-5, 16)),
+        (["peft=dora", "step_scheduler.global_batch_size=4"], (2e-4, 4)),
+    ],
+)
+def test_rate_and_batch_fit_what_is_trained_unless_they_are_given(argv, expected):
+    assert rate_and_batch(*PRETRAINED, *argv) == expected
+
+
+def test_a_file_of_the_users_own_chooses_adapters_and_overrides_what_fits_them(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    head = "# @package _global_\ndefaults:\n  - override /peft: lora\n"
+    (tmp_path / "experiment" / "adapters.yaml").write_text(head)
+    (tmp_path / "experiment" / "slow.yaml").write_text(f"{head}optimizer:\n  lr: 7.0e-06\n")
+    (tmp_path / "mine.yaml").write_text(
+        "defaults:\n  - config\n  - override peft: lora\n  - _self_\nstep_scheduler:\n  global_batch_size: 24\n"
+    )
+    folder = f"--config-dir={tmp_path}"
+    assert rate_and_batch(folder, *PRETRAINED, "experiment=adapters") == (2e-4, 16)
+    assert rate_and_batch(folder, *PRETRAINED, "experiment=slow") == (7e-6, 16)
+    assert rate_and_batch(folder, "--config-name=mine", *PRETRAINED) == (2e-4, 24)
+
+
+def test_what_suits_the_demo_alone_stays_with_it():
+    assert rate_and_batch() == (2e-3, 32)
+    assert rate_and_batch("dataset=jsonl", "dataset.path=README.md", "evaluation=loss") == (1e-5, 8)
+    assert "tuned_peft" not in config_groups()
+
+
+def test_help_shows_the_values_that_fit_adapters():
+    lines = help_text().splitlines()
+    for file in CONFIG_ROOT.glob("tuned_peft/lora-*.yaml"):
+        tuned = yaml.load(file.read_text(), Loader=yaml.BaseLoader)
+        values = {f"{section}.{key}": value for section, keys in tuned.items() if section != "defaults"
+                  for key, value in keys.items()}  # fmt: skip
+        for key, value in values.items():
+            assert any(f" {key}=" in line and f"with peft {value}" in line for line in lines), (key, value)
 
 
 def test_the_names_of_chat_templates_are_those_that_there_are():
