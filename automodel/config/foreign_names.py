@@ -90,6 +90,8 @@ SECTIONS: dict[str, tuple[Foreign, ...]] = {
         Foreign("dataset_test_split eval_split", "T", "validation_dataset.split={}"),
         Foreign("eval_dataset test_datasets validation_file", "TAL",
                 "validation_dataset=jsonl validation_dataset.path={}"),
+        Foreign("val_set_size val_size", "AL", "validation_dataset=jsonl validation_dataset.path=...",
+                "rows that are not trained on"),
         Foreign("dataset_text_field text_column", "T", "dataset.columns.text={}"),
         Foreign("dataset_format column_map", "U", "dataset.format={}", "auto finds it from the first row's fields"),
         Foreign("max_samples limit_dataset_samples", "LN", "dataset.limit={}"),
