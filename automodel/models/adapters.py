@@ -103,11 +103,12 @@ def _unknown_modules(model: nn.Module, key: str, names: str | list[str]) -> Iter
             yield f"{key}={names} is one pattern of whole names, which none has; write it as a list: {key}=[{names}]"
             return
         names = [names]
+    what = f"{key}={names}"
     linear = list(_last_parts(name for name, module in model.named_modules() if _is_linear(module)))
     for name in names:
         if not any(module == name or module.endswith(f".{name}") for module in modules):
             near = get_close_matches(name, linear, n=len(linear), cutoff=0.0)
-            yield f"{key}: the model has no module {name}; its linear ones, nearest first: {', '.join(near)}"
+            yield f"{what}: the model has no module {name}; its linear ones, nearest first: {', '.join(near)}"
 
 
 def _matches(pattern: str, names: list[str]) -> bool:

@@ -88,7 +88,7 @@ def tiny(kind: str, **more: object):
     [
         (
             ["q_proj", "v_porj"],
-            "peft.target_modules: the model has no module v_porj; its linear ones, nearest first: v_proj",
+            "the model has no module v_porj; its linear ones, nearest first: v_proj",
         ),
         (["query_key_value"], "nearest first: "),
         ("q_proj", "peft.target_modules=q_proj is one pattern of whole names, which none has; write it as a list"),
