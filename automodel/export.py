@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,11 @@ Keys
   export.trust_remote_code=false   run code that the run's config.yaml names: classes of one's own, or that of a hub id
 
 Memory: about one weight file is held at a time; with export.verify=true or export.merge=true, the whole model.
-Status 0: written; 1: failed, and there is no OUT; 2: wrong input."""
+Status 0: written; 1: failed, and there is no OUT (files that could not be verified are kept in OUT.unverified);
+2: wrong input."""
+
+Check = Callable[[Path], None]
+"""Verifies a folder that was written; raises ExportError."""
 
 _BOOLS = {"true": True, "false": False}
 
@@ -197,7 +201,7 @@ def export(options: Options, run: Run) -> None:
         UserError: the checkpoint's weights are not those of the model.
         ExportError: what was written does not load to the checkpoint's weights.
     """
-    from automodel.checkpoint.export import appearing_whole
+    from automodel.checkpoint.export import kept_if_unverified, publish, write_unverified
     from automodel.checkpoint.reader import WeightReader
     from automodel.logs import get_logger
     from automodel.recipes.assembly import build
@@ -209,11 +213,19 @@ def export(options: Options, run: Run) -> None:
         source, build(run.peft), _tokenizer(source, run), run.label_names, WeightReader(options.checkpoint)
     )
     write = _write_whole if trained.adapters is None else _write_merged if options.merge else _write_adapter
-    with appearing_whole(options.out) as partial:
-        write(partial, trained, options=options)
-        trained.tokenizer.save_pretrained(partial)
+
+    def fill(folder: Path) -> Check:
+        check = write(folder, trained, options=options)
+        trained.tokenizer.save_pretrained(folder)
         if (settings := run.tokenizer_dir / "generation_config.json").is_file():
-            shutil.copy(settings, partial)
+            shutil.copy(settings, folder)
+        return check
+
+    unverified, check = write_unverified(options.out, fill)
+    if options.verify:
+        with kept_if_unverified(unverified):
+            check(unverified)
+    publish(unverified, options.out)
     how = "and verified" if options.verify else "but not verified (export.verify=false)"
     get_logger("automodel.export").info("%s is written %s", options.out, how)
 
@@ -265,10 +277,10 @@ class _Trained:
         return getattr(torch, options.dtype) if options.dtype and saved.is_floating_point else saved
 
 
-def _write_whole(folder: Path, trained: _Trained, *, options: Options) -> None:
+def _write_whole(folder: Path, trained: _Trained, *, options: Options) -> Check:
     import torch
 
-    from automodel.checkpoint.verification import probe, verify
+    from automodel.checkpoint.verification import digests_of, probe, verify
     from automodel.checkpoint.weight_files import write_weight_files
 
     model = trained.unfilled("meta")
@@ -284,34 +296,41 @@ def _write_whole(folder: Path, trained: _Trained, *, options: Options) -> None:
     model.save_pretrained(folder, state_dict={})  # configuration, generation settings and custom code
     described = {name: torch.empty(tensor.shape, dtype=dtypes[name], device="meta") for name, tensor in state.items()}
     write_weight_files(model, described, read=read, folder=folder, max_size=options.max_shard_size)
-    if options.verify:
+
+    def check(written: Path) -> None:
         live = trained.unfilled("cpu")
         places = live.state_dict(keep_vars=True)
         for name in state:
             places[name].data = read(name)
-        expected = probe(live)
+        expected, digests = probe(live), digests_of(live.state_dict())
         del live, places
-        verify(folder, model, expected=expected)
+        verify(written, model, expected=expected, digests=digests)
+
+    return check
 
 
-def _write_adapter(folder: Path, trained: _Trained, *, options: Options) -> None:
-    from automodel.checkpoint.verification import probe, verify
+def _write_adapter(folder: Path, trained: _Trained, *, options: Options) -> Check:
+    from automodel.checkpoint.verification import digests_of, probe, verify
 
     model = trained.adapted(trained.unfilled("meta"))
     weights = _adapter_weights(model, trained, options=options)
     model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
-    if options.verify:
+
+    def check(written: Path) -> None:
         live = trained.adapted(trained.load_base())
         _put(weights, live)
         expected = probe(live)
         del live
-        verify(folder, model, expected=expected, load_base=trained.load_base)
+        digests = digests_of(weights)
+        verify(written, model, expected=expected, digests=digests, load_base=trained.load_base)
+
+    return check
 
 
-def _write_merged(folder: Path, trained: _Trained, *, options: Options) -> None:
+def _write_merged(folder: Path, trained: _Trained, *, options: Options) -> Check:
     import torch
 
-    from automodel.checkpoint.verification import probe, verify
+    from automodel.checkpoint.verification import digests_of, probe, verify
 
     model = trained.adapted(trained.load_base())
     _put(_adapter_weights(model, trained, options=replace(options, dtype=None)), model)
@@ -319,10 +338,11 @@ def _write_merged(folder: Path, trained: _Trained, *, options: Options) -> None:
     base_dtype = model.get_base_model().dtype
     dtype = getattr(torch, options.dtype) if options.dtype else base_dtype
     model.to(torch.promote_types(base_dtype, dtype))  # so that it is rounded once
-    merged = model.merge_and_unload()
-    merged.to(dtype).save_pretrained(folder, max_shard_size=options.max_shard_size)
-    if expected is not None:
-        verify(folder, merged.to("meta"), expected=expected)
+    merged = model.merge_and_unload().to(dtype)
+    merged.save_pretrained(folder, max_shard_size=options.max_shard_size)
+    digests = digests_of(merged.state_dict()) if options.verify else {}
+    merged.to("meta")
+    return lambda written: verify(written, merged, expected=expected, digests=digests)
 
 
 def _adapter_weights(model: nn.Module, trained: _Trained, *, options: Options) -> dict[str, torch.Tensor]:

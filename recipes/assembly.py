@@ -269,6 +269,7 @@ def train_and_export(job: Job, loop: TrainLoop, *, tokenizer: PreTrainedTokenize
                     tokenizer,
                     folder=job.run_dir.model_dir,
                     device=job.dist_info.device,
+                    autocast=job.autocast,
                     load_base=job.load_base,
                     must_verify=job.cfg.export.verify,
                     dtype=job.precision.written,

@@ -141,8 +141,8 @@ class _Evaluator:
     def run(self, scores: list[GenerationScores], poll: StopPoll) -> dict[str, Any]:
         """Return the validation record's entries, and append to ``scores`` what generation gave."""
         job = self.job
-        place = {"device": job.dist_info.device, "dp_group": job.dp.group}
-        record = validate(self.model, self.validation, **place, autocast=job.autocast, poll=poll)
+        place = {"device": job.dist_info.device, "dp_group": job.dp.group, "autocast": job.autocast}
+        record = validate(self.model, self.validation, **place, poll=poll)
         if self.generation is None:
             return record
         with job.autocast():

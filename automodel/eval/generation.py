@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,7 @@ class GenerationEvaluation:
         dp_group: dist.ProcessGroup,
         stops: Stops = NO_STOPS,
         poll: StopPoll | None = None,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
     ) -> GenerationScores:
         """Generate and score; every rank must call it with the same prompts.
 
@@ -70,6 +72,7 @@ class GenerationEvaluation:
                 the ranks of ``dp_group`` share them out too but must generate in lockstep.
             device: where the model computes.
             stops: the ends that training supervises; the model's generation settings name those that are tokens.
+            autocast: the context in which it computes.
         """
         import torch.distributed as dist
 
@@ -81,7 +84,8 @@ class GenerationEvaluation:
 
         def answer() -> list[tuple[int, str]] | None:
             place = {"share": (rank, size), "is_alone": is_alone, "device": device}
-            return self._answer(model, tokenizer, prompts, poll=poll, **place)
+            with autocast():
+                return self._answer(model, tokenizer, prompts, poll=poll, **place)
 
         answers = everywhere(answer) if is_alone else answer()
         gathered: list[Any] = [None] * size

@@ -180,14 +180,16 @@ def renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        (corrupted, ["does not compute what the trained one does"]),
+        (corrupted, ["1 weights of the written model are not the trained ones: model.layers.1.mlp.up_proj.weight"]),
         (
             renamed,
             ["missing from the files: model.layers.1.mlp.up_proj", "unknown to the model in the files: model.lay"],
         ),
     ],
 )
-def test_an_export_that_is_not_the_model_does_not_appear(runs, tmp_path, monkeypatch, capsys, fault, told):
+def test_an_export_that_is_not_the_model_is_kept_under_a_name_that_says_so(
+    runs, tmp_path, monkeypatch, capsys, fault, told
+):
     from automodel.checkpoint import weight_files
 
     save = weight_files.save_file
@@ -196,7 +198,9 @@ def test_an_export_that_is_not_the_model_does_not_appear(runs, tmp_path, monkeyp
     assert export(checkpoint, tmp_path / "out") == 1
     words = capsys.readouterr().err
     assert all(each in words for each in [*told, f"{tmp_path / 'out'} was not written"])
-    assert list(tmp_path.iterdir()) == []
+    assert f"kept unverified in {tmp_path / 'out.unverified'}; " in words
+    assert [path.name for path in tmp_path.iterdir()] == ["out.unverified"]
+    assert (tmp_path / "out.unverified" / "tokenizer.json").is_file()
     assert export(checkpoint, tmp_path / "out", "export.verify=false") == 0
 
 
@@ -210,11 +214,37 @@ def test_the_export_at_the_end_of_a_run_is_verified_too(tmp_path, monkeypatch, b
     monkeypatch.setattr(end_of_run, "run_on_main", lambda action: action())
     whole_weights = end_of_run._whole_weights
     monkeypatch.setattr(end_of_run, "_whole_weights", lambda *args, **named: corrupted(whole_weights(*args, **named)))
-    with pytest.raises(ExportError, match="does not compute"):
-        end_of_run.export_model(model, build_char_tokenizer(), folder=tmp_path / "model")
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(end_of_run, "everywhere", lambda action: action())
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "earlier").touch()
+    for name in ("model.unverified", "model.unverified.2"):
+        with pytest.raises(ExportError, match=rf"does not compute .* kept unverified in \S*/{name}$"):
+            end_of_run.export_model(model, build_char_tokenizer(), folder=tmp_path / "model")
+        assert (tmp_path / name / "model.safetensors").is_file() and (tmp_path / "model" / "earlier").exists()
     end_of_run.export_model(model, build_char_tokenizer(), folder=tmp_path / "model", must_verify=False)
     assert (tmp_path / "model" / "config.json").is_file()
+
+
+FAULTY = "tests.recipes.faulty_models"
+HALF_PRECISION_ATTENTION = [
+    "model=hf", f"model._target_={FAULTY}.HalfPrecisionAttention", "model.attn_implementation=half_precision_only",
+    "distributed.mixed_precision=bf16", "dataset=demo", "dataset.limit=32", "step_scheduler.max_steps=1",
+    "validation_dataset=demo", "validation_dataset.limit=2", "evaluation=generation", "evaluation.max_new_tokens=2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("peft", ["none", "lora"])
+def test_a_run_with_an_attention_of_a_device_alone_ends_with_its_model(base, difference, tmp_path, peft):
+    run(
+        *HALF_PRECISION_ATTENTION,
+        f"peft={peft}",
+        f"model.pretrained_model_name_or_path={base}",
+        f"output_dir={tmp_path / 'run'}",
+    )
+    model, out = tmp_path / "run" / "model", tmp_path / "out"
+    assert "half_precision_only" not in "".join(path.read_text() for path in model.glob("*.json"))
+    assert export(tmp_path / "run" / "checkpoints" / "latest", out, "export.trust_remote_code=true") == 0
+    assert difference(model, out) < 1e-6  # both load without it
 
 
 WRONG = {
