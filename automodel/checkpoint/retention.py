@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -46,3 +48,9 @@ class Retention:
         if self.keep_best and measured:
             kept.add(max(measured, key=lambda step: (measured[step], step)))  # of equals, the newer
         return [step for step in past if step not in kept]
+
+
+def delete(folder: Path) -> None:
+    """Delete a checkpoint so that it is gone at once: one that is half deleted would look damaged."""
+    doomed = folder.rename(folder.with_name(f".{folder.name}.deleted"))
+    shutil.rmtree(doomed)

@@ -22,14 +22,15 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from automodel.checkpoint.manifest import damage_seen_by_all, seal, sync
-from automodel.checkpoint.retention import Retention
+from automodel.checkpoint.retention import Retention, delete
+from automodel.checkpoint.room import free_room
 from automodel.checkpoint.staging import HostCopy, num_bytes, share_of
 from automodel.checkpoint.unpickling import PlainPlanner, PlainReader, hidden_code, plain
 from automodel.distributed.megatron_fsdp import describe_uneven_shards
 from automodel.distributed.ordering import everywhere, on_every_rank, run_on_main
 from automodel.distributed.side_group import _create_gloo_group
 from automodel.distributed.wrappers import is_megatron_fsdp, unwrap
-from automodel.logs import get_logger
+from automodel.logs import get_logger, warn_for_all
 from automodel.types import RunError, UserError
 
 log = get_logger(__name__)
@@ -116,15 +117,34 @@ class Checkpointer:
             return self.finish()
         rank, world_size = dist.get_rank(), dist.get_world_size()
         app = share_of(app, rank=rank, world_size=world_size) | {f"rng_{rank}": json.dumps(rng)}
-        if self.is_async:
-            app = self._host_copy.make(app)
+        staged = self._staged(app) if self.is_async else None
+        if staged is not None:
             waited_sec = time.monotonic() - started
             device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-            arguments = (device, app, final, progress, waited_sec)
-            threading.Thread(target=self._write_behind, args=arguments, name="checkpoint", daemon=True).start()
+            arguments = (device, staged, final, progress, waited_sec)
+            try:
+                threading.Thread(target=self._write_behind, args=arguments, name="checkpoint", daemon=True).start()
+            except RuntimeError:  # there is no room for a thread
+                self._write_behind(*arguments)
         else:
             self._write_now(app, final, progress, 0.0)
             self.finish()
+
+    def _staged(self, app: dict[str, Any]) -> dict[str, Any] | None:
+        """Return a copy of ``app`` in host memory, or None on every rank where one has no room for it."""
+        staged, reason = None, None
+        try:
+            staged = self._host_copy.make(app)
+        except (MemoryError, RuntimeError) as error:  # torch raises either where memory is short
+            reason = _first_words(error)
+        reasons = on_every_rank(reason, group=self._group)
+        if not any(reasons):
+            return staged
+        self._host_copy = HostCopy()  # whose memory is better given back
+        rank, reason = next((rank, each) for rank, each in enumerate(reasons) if each)
+        words = "rank %d has no host memory for a copy of the state (%s): training waits for this checkpoint"
+        warn_for_all(log, words, rank, reason)
+        return None
 
     def finish(self, *, must_be_saved: bool = False) -> None:
         """Wait until the write in progress is complete on all ranks; every rank must call it.
@@ -166,14 +186,14 @@ class Checkpointer:
             return
         took_sec = time.monotonic() - started
         self.last_save_sec = waited_sec + took_sec
-        waited_sec = waited_sec if self.is_async else took_sec
+        waited_sec = waited_sec or took_sec
         log.info("checkpoint %s; training waited %.2f s, writing took %.2f s", final, waited_sec, took_sec)
         write.set_result(None)
 
     def _fail(self, final: Path, error: BaseException) -> None:
         """End the write with a SaveError."""
         shutil.rmtree(_partial(final), ignore_errors=True)  # it would only take room
-        reason = str(error) if isinstance(error, NoRoom) else f"{_first_words(error)}; {_free_room(self.folder)}"
+        reason = str(error) if isinstance(error, NoRoom) else f"{_first_words(error)}; {free_room(self.folder)}"
         failure = SaveError(
             f"checkpoint {final} could not be written: {reason}; the checkpoints before it are untouched"
         )
@@ -194,7 +214,7 @@ class Checkpointer:
     def _publish(self, final: Path, step: int) -> None:
         """Give the complete folder its name in one step, then delete what need not stay."""
         if final.exists():
-            _delete(final)
+            delete(final)
         _partial(final).rename(final)
         sync(self.folder)
         _point(self.folder / "latest", final.name)
@@ -205,7 +225,7 @@ class Checkpointer:
         scores = {step: _score(path, self.retention.metric) for step, path in folders.items()}
         for step in self.retention.outdated(scores, newest=newest):
             try:
-                _delete(folders[step])
+                delete(folders[step])
             except OSError as error:
                 log.warning("%s could not be deleted: %s", folders[step], error)
 
@@ -353,31 +373,12 @@ def _named_model(model: nn.Module) -> nn.Module:
     return model.module if is_megatron_fsdp(model) else model
 
 
-def free_mib(folder: Path) -> int:
-    """Return how much room is left on the disk of ``folder``, or of the first folder above it that exists."""
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(place).free // 2**20
-
-
-def _free_room(folder: Path) -> str:
-    try:
-        return f"{free_mib(folder)} MiB are free on its disk"
-    except OSError as error:
-        return f"its disk does not answer ({error})"
-
-
 def _write_progress(partial: Path, progress: dict[str, Any]) -> None:
     (partial / PROGRESS).write_text(json.dumps(progress | {"world_size": dist.get_world_size()}, indent=2))
 
 
 def _partial(final: Path) -> Path:
     return final.with_name(f".{final.name}.partial")
-
-
-def _delete(folder: Path) -> None:
-    """Delete a checkpoint so that it is gone at once: one that is half deleted would look damaged."""
-    doomed = folder.rename(folder.with_name(f".{folder.name}.deleted"))
-    shutil.rmtree(doomed)
 
 
 def _score(folder: Path, metric: str | None) -> float | None:

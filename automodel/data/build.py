@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from itertools import islice
@@ -27,6 +28,8 @@ _PREPARED_AS = 2
 """Raised when what is written to the cache changes, so that older folders are not taken for it."""
 _CHUNK = 256
 """Rows that a process prepares at a time."""
+_CHUNKS_AHEAD = 4
+"""Chunks for each process that are read before their results are taken: rows in memory do not grow with the input."""
 _WORTH_PROCESSES = 64 * 2**20
 """Bytes of input from which several processes are quicker than the start of them is slow."""
 
@@ -107,8 +110,13 @@ class Builder:
         # Started afresh: a fork would copy the threads' locks of whoever has a process group.
         context = multiprocessing.get_context("spawn")
         with context.Pool(num_proc, initializer=_start_worker, initargs=(preparer,)) as pool:
-            for chunk in pool.imap(_prepare_chunk, _chunks(self._hashed(rows), _CHUNK)):
-                yield from chunk
+            pending: deque[Any] = deque()
+            for chunk in _chunks(self._hashed(rows), _CHUNK):
+                pending.append(pool.apply_async(_prepare_chunk, (chunk,)))
+                if len(pending) >= num_proc * _CHUNKS_AHEAD:
+                    yield from pending.popleft().get()
+            while pending:
+                yield from pending.popleft().get()
 
     def _num_proc(self) -> int:
         if self.options.num_proc is not None:

@@ -15,6 +15,8 @@ import torch
 from automodel.checkpoint import manifest, training
 from automodel.checkpoint.manifest import damage
 from automodel.checkpoint.retention import Retention
+from automodel.checkpoint.room import expected_bytes
+from automodel.checkpoint.staging import HostCopy
 from automodel.checkpoint.training import Checkpointer, SaveError, TrainState, require_whole
 from automodel.data.collate import CausalLMCollator
 from automodel.data.loader import TrainLoader
@@ -126,6 +128,66 @@ def test_a_write_that_fails_can_be_gone_on_from(two_ranks, small_disk):
     for first, second, third in two_ranks.run(fill_the_disk, str(small_disk("3m")), "continue"):
         assert first == second == (False, ["step_00000001"])
         assert third == (False, ["step_00000001", "step_00000003"])
+
+
+def save_on_a_full_host(folder: str) -> list[Any]:
+    """Save step 1 while rank 1 has no memory for a copy, and 2 with memory again; return the log and the folders."""
+    run, told = Training("fsdp2"), []
+    run.step()
+    checkpointer = Checkpointer(Path(folder), retention=Retention(), is_async=True)
+    training.log.addFilter(lambda record: told.append(record.getMessage()) or True)
+    make = HostCopy.make
+
+    def fail(self: HostCopy, state: dict[str, Any]) -> dict[str, Any]:
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
+
+    for step in (1, 2):
+        HostCopy.make = fail if step == 1 and torch.distributed.get_rank() == 1 else make
+        checkpointer.save(run.state, progress={"step": step}, rng={})
+        told.append(sorted(path.name for path in Path(folder).glob("step_*")) if step == 1 else "")
+    checkpointer.finish(must_be_saved=True)
+    training.log.filters.clear()
+    return told
+
+
+def test_a_host_without_room_for_a_copy_saves_while_training_waits(two_ranks, tmp_path):
+    for told in two_ranks.run(save_on_a_full_host, str(tmp_path)):
+        assert ["step_00000001"] in told
+        words = [each for each in told if "has no host memory" in each]
+        assert words in (
+            [],
+            [
+                "rank 1 has no host memory for a copy of the state (RuntimeError: DefaultCPUAllocator: not enough "
+                "memory: you tried to allocate 9 bytes): training waits for this checkpoint"
+            ],
+        )
+    assert damage(tmp_path / "step_00000001") is None and damage(tmp_path / "step_00000002") is None
+
+
+class OnlyOnItsDevice(torch.optim.SGD):
+    """An optimizer whose kernels are made for one device."""
+
+    def step(self, closure: Any = None) -> None:
+        raise RuntimeError("this optimizer needs a CUDA device")
+
+
+def test_the_estimate_of_room_stops_no_run():
+    model = tiny_llama()
+    num_bytes = sum(parameter.numel() * 4 for parameter in model.parameters())
+    assert expected_bytes(model, lambda groups: adamw(groups, lr=1.0)) == pytest.approx(3 * num_bytes, rel=1e-3)
+    assert expected_bytes(model, lambda groups: OnlyOnItsDevice(groups, lr=1.0)) == num_bytes
+    assert expected_bytes(model, lambda groups: None) == num_bytes  # builds no optimizer at all
+
+
+def test_the_estimate_tries_the_optimizer_where_the_weights_are():
+    devices = []
+
+    def build(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        devices.extend(parameter.device for group in groups for parameter in group["params"])
+        return torch.optim.SGD(groups, lr=1.0)
+
+    expected_bytes(tiny_llama().to("meta"), build)
+    assert devices == [torch.device("meta")]
 
 
 def without_room(folder: str) -> list[Any]:

@@ -7,10 +7,16 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Iterator
+from itertools import islice
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from automodel.data import build as build_module
 from automodel.data.cache import build_once, cache_root
 from automodel.data.prepare import load_sft
 from automodel.data.sources import JsonlDataset
@@ -153,6 +159,25 @@ def test_several_processes_prepare_the_same_rows_in_the_same_order(tmp_path):
     expected, found = load(rows), load(rows, num_proc=2, max_length=2000)
     assert list(found.examples) == list(expected.examples)
     assert found.stats.hashes.tolist() == expected.stats.hashes.tolist()
+
+
+def test_few_rows_are_read_before_their_results_are_taken(tmp_path, monkeypatch):
+    num_read = 0
+
+    class Counted(JsonlDataset):
+        def rows(self, *, is_classification: bool) -> Iterator[Any]:
+            nonlocal num_read
+            for num_read in range(1, 100_001):
+                yield f"place {num_read}", {"number": num_read}
+
+    monkeypatch.setattr(build_module.multiprocessing, "get_context", lambda kind: SimpleNamespace(Pool=ThreadPool))
+    source = Counted(path=str(write(tmp_path / "rows.jsonl", "a")), num_proc=2)
+    builder = build_module.Builder(source, source.options(100), tmp_path, {})
+    prepared = builder._prepared(lambda fields: fields["number"], False)
+    for number, (place, result) in enumerate(islice(prepared, 3000), start=1):
+        assert (place, result) == (f"place {number}", number)  # in order
+    assert num_read - 3000 <= 2 * 4 * 256
+    prepared.close()
 
 
 def test_damaged_rows_are_skipped_and_counted_where_wanted(tmp_path, caplog):
