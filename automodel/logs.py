@@ -9,6 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from automodel.secrets import masked_text
+
 _ROOT = "automodel"
 _is_main = True  # until setup_logging says otherwise
 console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -23,6 +25,13 @@ class _ConsoleHandler(logging.Handler):
             console.print(self.format(record), style=style, markup=False)
         except Exception:
             self.handleError(record)
+
+
+class _MaskingFormatter(logging.Formatter):
+    """Leaves secrets out, whatever words they come in."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked_text(super().format(record))
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -51,7 +60,7 @@ def setup_logging(rank: int, log_file: Path | None = None) -> None:
         handler.close()
     handler = _ConsoleHandler()
     prefix = "" if rank == 0 else f"[rank {rank}] "
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(_MaskingFormatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
     root.addHandler(handler)
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     root.propagate = False
@@ -63,7 +72,7 @@ def setup_logging(rank: int, log_file: Path | None = None) -> None:
 def add_log_file(path: Path) -> None:
     """Write our log lines to ``path`` too, appending."""
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_MaskingFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger(_ROOT).addHandler(handler)
 
 

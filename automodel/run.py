@@ -31,6 +31,7 @@ from automodel.launch.sweep import run_sweep
 from automodel.launch.worker import LAUNCHER_PID, die_with_launcher, is_worker, leave, tell_failure
 from automodel.logs import get_logger, setup_logging
 from automodel.screen import clear_screen_lines, show_phase
+from automodel.secrets import masked_text
 from automodel.types import ExitStatus, RunError, UserError
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ def _how_it_failed(error: BaseException, watchdog: Watchdog | None) -> tuple[Exi
         first = watchdog.failure() if watchdog is not None else None
         what = f"rank {first.rank}: {first.error}" if first else "a peer was lost"
         if first is None:
-            print(f"rank {get_rank_safe()} lost a peer: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"rank {get_rank_safe()} lost a peer: {masked_text(str(error)).splitlines()[0]}", file=sys.stderr)
         return ExitStatus.FAILED, {"status": "failed", "error": what}
     what = f"{type(error).__name__}: {error}"
     if watchdog is not None:
@@ -252,7 +253,7 @@ def _tell(error: UserError, *, is_shared: bool = True) -> None:
     if rank == "0" or (not is_shared and local_rank == "0"):
         where = "" if rank == "0" else f" on {platform.node()}"
         for problem in error.problems:
-            print(f"error{where}: {problem}", file=sys.stderr, flush=True)
+            print(f"error{where}: {masked_text(problem)}", file=sys.stderr, flush=True)
 
 
 def _show_by_hydra(argv: list[str]) -> None:

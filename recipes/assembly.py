@@ -23,7 +23,7 @@ from automodel.checkpoint.training import (
     TrainState,
     load_checkpoint,
 )
-from automodel.config import Config, masked, resolved_yaml
+from automodel.config import Config, masked, resolved_yaml, secret_keys
 from automodel.data.loader import Collate, Loader, TrainLoader
 from automodel.distributed.dist_info import DistInfo
 from automodel.distributed.first_rank import FirstRankPerNode
@@ -336,3 +336,5 @@ def _open_run(job: Job, *, model: nn.Module, fingerprint: str, metrics_size: int
         add_log_file(job.run_dir.log_path)
 
     run_on_main(write)
+    if hidden := secret_keys(job.cfg):
+        log.info("secrets are not written down; config.yaml says how to give them again: %s", ", ".join(hidden))

@@ -19,15 +19,16 @@ from automodel.config.foreign_names import find_foreign
 from automodel.config.help import help_text
 from automodel.config.messages import pydantic_problems
 from automodel.config.names import key_hint, value_at
-from automodel.config.record import masked, resolved_yaml
+from automodel.config.record import resolved_yaml, secret_keys
 from automodel.config.schema import Config
 from automodel.config.sweep import sweep_jobs
 from automodel.config.targets import check_launch_target, check_recipe, check_target, is_ours, targets_in
+from automodel.secrets import lost_keys, masked
 from automodel.types import UserError
 
 __all__ = [
     "Config", "has_help", "help_text", "hydra_command_line", "hydra_flags", "load_command_line", "load_config",
-    "masked", "resolved_yaml", "sweep_jobs", "without_launch",
+    "masked", "resolved_yaml", "secret_keys", "sweep_jobs", "without_launch",
 ]  # fmt: skip
 
 _TARGETS = (
@@ -76,11 +77,14 @@ def load_command_line(argv: list[str], *, env: Mapping[str, str] = os.environ) -
 
 def validate(tree: dict[str, Any], env: Mapping[str, str]) -> tuple[Config | None, list[str]]:
     """Check a resolved tree in full; a user's own targets are imported only once nothing else is wrong."""
-    problems = []
+    problems = [
+        f"{key} held a secret, which was not written down: export it in a variable and add {key}='${{oc.env:NAME}}'"
+        for key in lost_keys(tree)
+    ]
     try:
         config: Config | None = Config.model_validate(tree)
     except ValidationError as error:
-        problems = [_with_hint(line, tree) for line in pydantic_problems(error)]
+        problems += [_with_hint(line, tree) for line in pydantic_problems(error)]
         config = _with_defaults_instead(tree, error)
     sections = _sections(tree)
     problems += [line for name, section in sections for line in _check_ours(name, section)]

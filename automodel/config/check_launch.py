@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from automodel.config.record import masked_text
 from automodel.config.schema import Config
+from automodel.secrets import is_secret_key, masked_text
 
 SLURM_TEMPLATES = ("srun", "torchrun")
 _SBATCH_KEYS = ("mem", "time", "job_name", "account", "partition", "qos", "constraint")
@@ -16,9 +16,6 @@ _TIME = re.compile(r"\d+-\d+(:\d+){0,2}|\d+(:\d+){1,2}|UNLIMITED", re.IGNORECASE
 _EARLIER_SECONDS = 60
 """So much ahead of its time ``--signal`` may come, by sbatch's manual."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET_NAME = re.compile(
-    r"(^|_)(token|pat|auth)(_|$)|secret|passw|credential|(api|access|private)_?key", re.IGNORECASE
-)
 _KUBERNETES_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
@@ -45,7 +42,7 @@ def _check_environment(variables: dict[str, Any]) -> Iterator[str]:
         key = f"launch.environment.{name}"
         if not _NAME.fullmatch(str(name)):
             yield f"{key}: a variable's name has letters, digits and _ alone, and no digit first"
-        elif _SECRET_NAME.search(name) or masked_text(str(value)) != str(value):
+        elif is_secret_key(str(name)) or masked_text(str(value)) != str(value):
             yield (
                 f"{key} looks like a secret, and would be written down: export it in your shell before you submit, as "
                 "sbatch hands the environment on; on Kubernetes name its Secret in launch.secrets"

@@ -163,8 +163,9 @@ def _submit_script(script: str, folder: Path) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "job.sh"
-        file.write_text(script)
-        file.chmod(0o700)
+        file.unlink(missing_ok=True)
+        with open(file, "x", opener=lambda path, flags: os.open(path, flags, 0o700)) as opened:
+            opened.write(script)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}") from None
     done = subprocess.run(

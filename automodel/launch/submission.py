@@ -11,6 +11,8 @@ from typing import Protocol
 from automodel.config import Config, without_launch
 from automodel.launch.run_id import default_run_id
 from automodel.launch.worker import is_worker
+from automodel.secrets import masked_text
+from automodel.types import UserError
 
 CLUSTERS = ("slurm", "kubernetes")
 
@@ -41,6 +43,9 @@ def submission_of(cfg: Config, argv: list[str], *, env: Mapping[str, str] = os.e
     """Return the run of ``cfg``, which the command line ``argv`` made.
 
     The run directory is chosen here, so that a job that is requeued goes on in it.
+
+    Raises:
+        UserError: the command line holds a secret, which a script or manifest would show.
     """
     run_id = default_run_id(outside_of_jobs(env))
     inner = without_launch(argv)
@@ -48,6 +53,14 @@ def submission_of(cfg: Config, argv: list[str], *, env: Mapping[str, str] = os.e
     if output_dir is None:
         output_dir = f"outputs/{cfg.recipe.name}/{run_id}"
         inner = [*inner, f"output_dir={output_dir}"]
+    problems = [
+        f"{masked_text(argument)} looks like a secret, and would be written into what the cluster gets: export it in a "
+        "variable of your own (on Kubernetes name its Secret in launch.secrets), and write KEY='${oc.env:NAME}'"
+        for argument in inner
+        if masked_text(argument) != argument
+    ]
+    if problems:
+        raise UserError(*problems)
     return Submission(cfg.recipe.name, run_id, Path(output_dir), inner)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from automodel.screen import clear_screen_lines
+from automodel.secrets import masked_text
 
 STATUS_DIR = "AUTOMODEL_STATUS_DIR"
 LAUNCHER_PID = "AUTOMODEL_LAUNCHER_PID"
@@ -41,7 +42,7 @@ def tell_failure(text: str) -> None:
     What is told first counts; the rest only follows from it.
     """
     clear_screen_lines()
-    folder = os.environ.get(STATUS_DIR)
+    text, folder = masked_text(text), os.environ.get(STATUS_DIR)
     if folder and Path(folder).is_dir():
         file = Path(folder) / f"failure-{os.environ.get('RANK', '0')}"
         if not file.exists():

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from automodel import __version__
-from automodel.config.record import masked_text
 from automodel.loggers.run_lock import WAIT_SEC, RunLock
+from automodel.secrets import masked, masked_text
 from automodel.types import UserError
 
 
@@ -86,11 +86,11 @@ class RunDir:
         """Write ``run.json`` for this start; ``resumed_from_step`` joins those of earlier starts."""
         starts = self._record().get("resumed_from_step", [])
         record = facts | {"resumed_from_step": [*starts, resumed_from_step], "ended": None}
-        write_whole(self.run_json_path, json.dumps(record, indent=2) + "\n")
+        write_whole(self.run_json_path, json.dumps(masked(record), indent=2) + "\n")
 
     def update_record(self, **facts: Any) -> None:
         """Change entries of ``run.json``."""
-        write_whole(self.run_json_path, json.dumps(self._record() | facts, indent=2) + "\n")
+        write_whole(self.run_json_path, json.dumps(self._record() | masked(facts), indent=2) + "\n")
 
     def metrics_size(self) -> int:
         """Return the length in bytes of the metrics file; 0 where there is none."""

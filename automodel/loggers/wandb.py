@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from automodel.loggers.rundir import RunDir, write_whole
 from automodel.logs import get_logger
+from automodel.secrets import masked_text
 
 log = get_logger(__name__)
 
@@ -31,17 +35,18 @@ class WandbLogger:
         """
         import wandb
 
-        run = wandb.init(
-            project=self.project,
-            entity=self.entity,
-            name=self.name or run_id,
-            id=run_id,
-            resume="allow",
-            mode=self.mode or _default_mode(),
-            dir=str(run_dir.path),
-            config=config,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        with _masked_command():
+            run = wandb.init(
+                project=self.project,
+                entity=self.entity,
+                name=self.name or run_id,
+                id=run_id,
+                resume="allow",
+                mode=self.mode or _default_mode(),
+                dir=str(run_dir.path),
+                config=config,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
         run.define_metric("*", step_metric="step")
         if not run.offline:
             return WandbSink(run, sent=_sent_before(run))
@@ -88,6 +93,17 @@ class WandbSink:
         if not self._told:
             log.info("wandb: has step %d already; it stays as it is, up to step %d", step, max(self._sent.values()))
             self._told = True
+
+
+@contextmanager
+def _masked_command() -> Iterator[None]:
+    """Keep secrets of the command line from wandb, which makes a record of it."""
+    before = sys.argv
+    sys.argv = [masked_text(argument) for argument in before]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def _sent_before(run: Any) -> dict[str, int]:

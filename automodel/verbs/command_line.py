@@ -11,6 +11,7 @@ from typing import Any
 from automodel.config import Config, has_help, hydra_flags, load_config, sweep_jobs
 from automodel.config.names import did_you_mean
 from automodel.launch.worker import is_worker
+from automodel.secrets import masked_text
 from automodel.types import ExitStatus, RunError, UserError
 
 
@@ -65,10 +66,10 @@ def run_verb(work: Callable[[list[str]], ExitStatus], argv: Sequence[str] | None
         status = work(argv)
     except UserError as error:
         for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            print(f"error: {masked_text(problem)}", file=sys.stderr)
         status = ExitStatus.BAD_INPUT
     except VerbFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(f"failed: {masked_text(str(error))}", file=sys.stderr)
         status = ExitStatus.FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

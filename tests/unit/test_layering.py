@@ -21,7 +21,7 @@ ROWS = (
     {"train", "eval"},
     {"data", "models", "losses", "optim", "checkpoint", "loggers"},
     {"distributed", "launch"},
-    {"config", "capabilities", "environment", "processes", "types", "logs", "screen"},
+    {"config", "capabilities", "environment", "processes", "types", "logs", "screen", "secrets"},
 )
 BASE = ROWS[-1]
 
