@@ -142,8 +142,9 @@ class Checkpointer:
             return staged
         self._host_copy = HostCopy()  # whose memory is better given back
         rank, reason = next((rank, each) for rank, each in enumerate(reasons) if each)
-        words = "rank %d has no host memory for a copy of the state (%s): training waits for this checkpoint"
-        warn_for_all(log, words, rank, reason)
+        warn_for_all(
+            log, "rank %d has no host memory for a copy (%s): training waits for this checkpoint", rank, reason
+        )
         return None
 
     def finish(self, *, must_be_saved: bool = False) -> None:
@@ -186,8 +187,7 @@ class Checkpointer:
             return
         took_sec = time.monotonic() - started
         self.last_save_sec = waited_sec + took_sec
-        waited_sec = waited_sec or took_sec
-        log.info("checkpoint %s; training waited %.2f s, writing took %.2f s", final, waited_sec, took_sec)
+        log.info("checkpoint %s; training waited %.2f s, writing took %.2f s", final, waited_sec or took_sec, took_sec)
         write.set_result(None)
 
     def _fail(self, final: Path, error: BaseException) -> None:
@@ -250,18 +250,16 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def require_whole(folder: Path) -> None:
     """Raise UserError on every rank if a checkpoint is incomplete, damaged or hides code; every rank must call it."""
-    problem = _problem_seen_by_all(folder)
-    if problem:
+    if problem := _problem_seen_by_all(folder):
         raise UserError(f"checkpoint.resume={folder}: {problem}")
 
 
 def _problem_seen_by_all(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, the same on every rank; each reads its share."""
-    problem = damage_seen_by_all(folder)
-    if problem is not None:
+    if problem := damage_seen_by_all(folder):
         return problem
     found = on_every_rank(hidden_code(folder, share=(dist.get_rank(), dist.get_world_size())))
-    return next((each for each in found if each is not None), None)
+    return next(filter(None, found), None)
 
 
 def load_checkpoint(folder: Path, state: TrainState) -> tuple[dict[str, Any], dict[str, Any] | None]:

@@ -157,7 +157,7 @@ def test_a_host_without_room_for_a_copy_saves_while_training_waits(two_ranks, tm
         assert words in (
             [],
             [
-                "rank 1 has no host memory for a copy of the state (RuntimeError: DefaultCPUAllocator: not enough "
+                "rank 1 has no host memory for a copy (RuntimeError: DefaultCPUAllocator: not enough "
                 "memory: you tried to allocate 9 bytes): training waits for this checkpoint"
             ],
         )
