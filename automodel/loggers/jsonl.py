@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from automodel.loggers.rundir import RunDir
+from automodel.secrets import masked_text
 
 
 @dataclass(frozen=True)
@@ -36,4 +37,6 @@ class JsonlSink:
 
 
 def _json_value(value: Any) -> Any:
+    if isinstance(value, str):
+        return masked_text(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value

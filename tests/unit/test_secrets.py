@@ -16,6 +16,7 @@ from automodel.config import load_config, resolved_yaml, secret_keys
 from automodel.launch.slurm import _submit_script
 from automodel.launch.submission import submission_of
 from automodel.loggers.fanout import open_loggers
+from automodel.loggers.jsonl import JsonlLogger
 from automodel.loggers.rundir import RunDir, environment_record
 from automodel.loggers.wandb import WandbLogger
 from automodel.run import _tell
@@ -119,9 +120,9 @@ def test_no_writer_lets_a_secret_through(tmp_path, monkeypatch, capfd):
     logs.setup_logging(0, run_dir.log_path)
     logging.getLogger("automodel.x").warning("it failed: %s", ARGV)
     _tell(UserError(*ARGV))
-    config = masked(cfg.model_dump())
-    sink = open_loggers({"wandb": WandbLogger()}, run_dir, run_id="x", config=config, is_main=True)
-    sink.log({"kind": "train", "step": 1, "loss": 1.0})
+    loggers, config = {"wandb": WandbLogger(), "jsonl": JsonlLogger()}, masked(cfg.model_dump())
+    sink = open_loggers(loggers, run_dir, run_id="x", config=config, is_main=True)
+    sink.log({"kind": "validation", "name": ARGV[0], "step": 1, "loss": 1.0})
     sink.close()
     for _ in range(100):  # wandb's process writes its metadata when it likes
         if list(run_dir.path.glob("wandb/offline-run-*/files/wandb-metadata.json")):
