@@ -176,6 +176,8 @@ def test_few_rows_are_read_before_their_results_are_taken(tmp_path, monkeypatch)
     prepared = builder._prepared(lambda fields: fields["number"], False)
     for number, (place, result) in enumerate(islice(prepared, 3000), start=1):
         assert (place, result) == (f"place {number}", number)  # in order
+    for _ in range(50):  # a reader of its own would go on meanwhile, to the end of the input
+        time.sleep(0.01)
     assert num_read - 3000 <= 2 * 4 * 256
     prepared.close()
 
