@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from automodel.loggers.rundir import RunDir
 from automodel.logs import get_logger
+from automodel.secrets import masked_text
 
 log = get_logger(__name__)
 
@@ -35,8 +36,9 @@ class Fanout:
         self._sinks = sinks
 
     def log(self, record: dict[str, Any]) -> None:
-        """Take one record."""
-        self._each("log", record)
+        """Take one record; its words, such as the name of a validation set, are handed on without secrets."""
+        plain = {key: masked_text(value) if isinstance(value, str) else value for key, value in record.items()}
+        self._each("log", plain)
 
     def close(self) -> None:
         """Finish every sink."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from automodel.loggers.rundir import RunDir
-from automodel.secrets import masked_text
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,4 @@ class JsonlSink:
 
 
 def _json_value(value: Any) -> Any:
-    if isinstance(value, str):
-        return masked_text(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
