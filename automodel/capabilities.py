@@ -47,3 +47,6 @@ NAMED_BY_USER = ("dataset.sources", "dataset.chat_template_kwargs", "validation_
 
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")
 """The files of a folder that hold rows; each may be gzipped and end in .gz as well."""
+
+ABOUT_DATASETS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""Files that the library ``datasets`` puts beside rows."""

@@ -260,7 +260,10 @@ class _Trained:
         return self.source.build(self.tokenizer, label_names=self.label_names)
 
     def adapted(self, base: PreTrainedModel) -> nn.Module:
-        return self.adapters.apply(base, task="CAUSAL_LM" if self.label_names is None else "SEQ_CLS")
+        from automodel.models.embeddings import new_token_ids
+
+        task = "CAUSAL_LM" if self.label_names is None else "SEQ_CLS"
+        return self.adapters.apply(base, task=task, new_token_ids=new_token_ids(self.source, self.tokenizer))
 
     def require_fit(self, shapes: dict[str, tuple[int, ...]], options: Options, *, ignored: set[str]) -> None:
         from automodel.checkpoint.reader import mismatches

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from automodel.logs import get_logger
 from automodel.types import IGNORE_INDEX, ExitStatus, UserError
 from automodel.verbs.command_line import load_one_config, read_own_keys, run_verb, whole_number
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from automodel.config import Config
     from automodel.data.rows import ClassificationRows, SFTRows
     from automodel.recipes.training_data import SFTData
+
+log = get_logger(__name__)
 
 USAGE = """python -m automodel.preview [FILE.yaml] [key=value of a run ...] [preview.num_rows=3]
 
@@ -48,8 +51,10 @@ def _work(argv: list[str]) -> ExitStatus:
     cfg = load_one_config(rest, problems)
     setup_logging(0)
     problems = preview(cfg, num_rows=values[_NUM_ROWS])
-    if problems:
+    if problems and cfg.data_checks != "warn":
         raise UserError(*problems)
+    for problem in problems:
+        log.warning("%s", problem)
     return ExitStatus.DONE
 
 
@@ -75,16 +80,18 @@ def preview(cfg: Config, *, num_rows: int, console: Console | None = None) -> li
         _show_rows(rows, tokenizer, num_rows, console)
     console.print(_table(data))
     for rows in data.sources.values():
-        console.print(f"\nlengths of {rows.name}, in tokens")
+        console.print(f"\nlengths of {rows.name}, in tokens", markup=False)
         for line in _histogram(rows.stats.lengths):
             console.print(line, markup=False)
     return [problem.text for problem in data.problems()]
 
 
 def _show_rows(rows: SFTRows, tokenizer: PreTrainedTokenizerBase, num_rows: int, console: Console) -> None:
+    from rich.markup import escape
+
     for number in range(min(num_rows, len(rows.examples))):
         example = rows.examples[number]
-        console.rule(f"{rows.name}, row {number + 1} of {len(rows.examples):,}")
+        console.rule(escape(f"{rows.name}, row {number + 1} of {len(rows.examples):,}"))
         console.print(render(example, tokenizer, is_colored=console.is_terminal))
         weights = sorted({weight for weight in example.get("loss_weights") or () if weight})
         if weights not in ([], [1.0]):
@@ -123,12 +130,13 @@ def _runs(example: dict[str, Any]) -> Iterator[tuple[list[int], bool]]:
 def _table(data: SFTData) -> Table:
     """Return the counts of every source, a column each."""
     import numpy as np
+    from rich.markup import escape
     from rich.table import Table
 
     from automodel.data.checks import num_duplicates, shared_rows
 
     columns = [*data.sources.values(), *([data.validation] if data.validation is not None else [])]
-    table = Table("", *(Path(rows.name).name for rows in columns))
+    table = Table("", *(escape(Path(rows.name).name) for rows in columns))
     quantile = {
         "min": lambda lengths: lengths.min(), "median": np.median,
         "p95": lambda lengths: np.quantile(lengths, 0.95), "max": lambda lengths: lengths.max(),
@@ -181,25 +189,18 @@ def _preview_classification(
     cfg: Config, model: Any, tokenizer: PreTrainedTokenizerBase, num_rows: int, console: Console
 ) -> list[str]:
     import numpy as np
+    from rich.markup import escape
     from rich.table import Table
 
-    from automodel.data.prepare import load_classification
-    from automodel.recipes.assembly import build
+    from automodel.recipes.llm_seq_cls import load_rows, problems_of
 
-    limit = model.max_length()
-    train = load_classification(build(cfg.dataset), tokenizer, model_max_length=limit)
-    columns: list[ClassificationRows] = [train]
-    if cfg.validation_dataset is not None:
-        columns.append(
-            load_classification(
-                build(cfg.validation_dataset), tokenizer, model_max_length=limit, label_names=train.label_names
-            )
-        )
+    train, validation = load_rows(cfg, model, tokenizer)
+    columns: list[ClassificationRows] = [train] if validation is None else [train, validation]
     for number in range(min(num_rows, len(train.examples))):
         example = train.examples[number]
-        console.rule(f"{train.name}, row {number + 1}: {train.label_names[example['labels']]}")
+        console.rule(escape(f"{train.name}, row {number + 1}: {train.label_names[example['labels']]}"))
         console.print(tokenizer.decode(example["input_ids"]), markup=False)
-    table = Table("", *(rows.name for rows in columns))
+    table = Table("", *(escape(rows.name) for rows in columns))
     table.add_row("rows", *(f"{rows.counts.num_rows_read:,}" for rows in columns))
     table.add_row("damaged, skipped", *(f"{rows.counts.num_bad:,}" for rows in columns))
     table.add_row("truncated", *(_of(rows.counts.num_truncated, rows.counts.num_rows_read) for rows in columns))
@@ -207,12 +208,9 @@ def _preview_classification(
     table.add_row("tokens a row, max", *(f"{rows.stats.lengths.max():,}" for rows in columns))
     for index, name in enumerate(train.label_names):
         shares = [_of(int((np.array(rows.examples["labels"]) == index).sum()), len(rows.examples)) for rows in columns]
-        table.add_row(f"label {name}", *shares)
+        table.add_row(escape(f"label {name}"), *shares)
     console.print(table)
-    if len(columns) == 1:
-        return []
-    num_shared = int(np.isin(columns[1].stats.hashes, train.stats.hashes).sum())
-    return [f"{num_shared:,} rows of {columns[1].name} are trained on as well"] if num_shared else []
+    return [problem.text for problem in problems_of(train, validation)]
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from automodel.loggers.fanout import MetricSink, open_loggers
 from automodel.loggers.rundir import RunDir, environment_record
 from automodel.logs import add_log_file, get_logger, warn_for_all
 from automodel.models.adapters import Task, described, merge_problem
+from automodel.models.embeddings import new_token_ids
 from automodel.models.hf import HFModel, held_in
 from automodel.models.sharded_loading import unfilled_model
 from automodel.optim.optimizers import parameter_groups
@@ -137,7 +138,9 @@ class Job:
             if unfilled is not None:
                 model = unfilled.adapted(adapters, task=task)
             else:
-                model = self.load_base() if adapters is None else adapters.apply(self.load_base(), task=task)
+                model = self.load_base()
+                if adapters is not None:
+                    model = adapters.apply(model, task=task, new_token_ids=new_token_ids(source, tokenizer))
             convert_weights_(model, self.precision.trained, only_trained=True)
             return model
 

@@ -6,14 +6,18 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from automodel.config import Config
+from automodel.data.checks import Problem, row_problems, settle, shared_problems
 from automodel.data.collate import ClassificationCollator
 from automodel.data.loader import ValidationBatches
 from automodel.data.prepare import load_classification
 from automodel.data.rows import ClassificationRows
+from automodel.data.share import split_off
 from automodel.distributed.first_rank import FirstRankPerNode
 from automodel.distributed.watchdog import mark
 from automodel.eval.validation import Validation, measure_classification, summarize_classification, validate
-from automodel.models.hf import pad_token_id
+from automodel.models.embeddings import require_embeddings
+from automodel.models.hf import head_labels, pad_token_id
 from automodel.recipes.assembly import Job, build, build_loop, train_and_export
 from automodel.recipes.summary import log_where_and_next
 from automodel.train.loop import Evaluator
@@ -26,7 +30,8 @@ def run(job: Job) -> None:
     source = build(cfg.model)
     tokenizer = job.load_tokenizer(source)
     with FirstRankPerNode():
-        train_rows, validation_rows = _load_rows(job, source, tokenizer)
+        train_rows, validation_rows = load_rows(job.cfg, source, tokenizer)
+    settle(problems_of(train_rows, validation_rows), job.cfg.data_checks)
     model = job.build_model(source, tokenizer, task="SEQ_CLS", label_names=train_rows.label_names)
 
     loss_fn = build(cfg.loss_fn)
@@ -66,14 +71,29 @@ def run(job: Job) -> None:
     log_where_and_next(job, model)
 
 
-def _load_rows(
-    job: Job, source: Any, tokenizer: PreTrainedTokenizerBase
+def load_rows(
+    cfg: Config, source: Any, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[ClassificationRows, ClassificationRows | None]:
+    """Prepare the rows that ``cfg`` names for training and for validation, if any, or take them from the cache.
+
+    Args:
+        source: what the ``model`` section builds.
+    """
     limit = source.max_length()
-    train_rows = load_classification(build(job.cfg.dataset), tokenizer, model_max_length=limit)
-    validation_set = build(job.cfg.validation_dataset)
-    if validation_set is None:
-        return train_rows, None
-    return train_rows, load_classification(
-        validation_set, tokenizer, model_max_length=limit, label_names=train_rows.label_names
+    source_rows, set_aside = split_off(build(cfg.dataset), cfg.dataset.get("validation_share"), seed=cfg.rng.seed)
+    train_rows = load_classification(
+        source_rows, tokenizer, model_max_length=limit, set_aside=set_aside, head_labels=head_labels(source)
     )
+    validation_set = set_aside or build(cfg.validation_dataset)
+    validation_rows = None
+    if validation_set is not None:
+        validation_rows = load_classification(validation_set, tokenizer, model_max_length=limit, known=train_rows)
+    largest_id = max(rows.counts.largest_id for rows in (train_rows, validation_rows) if rows is not None)
+    require_embeddings(source, tokenizer, largest_id=max(largest_id, pad_token_id(tokenizer)))
+    return train_rows, validation_rows
+
+
+def problems_of(train_rows: ClassificationRows, validation_rows: ClassificationRows | None) -> list[Problem]:
+    """Return what would train wrongly."""
+    problems = row_problems(train_rows)
+    return problems if validation_rows is None else problems + shared_problems(train_rows, validation_rows)

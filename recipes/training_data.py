@@ -11,20 +11,22 @@ from transformers import PreTrainedTokenizerBase
 
 from automodel.config import Config
 from automodel.data.cache import hash_of
-from automodel.data.checks import Problem, data_problems
+from automodel.data.checks import Problem, data_problems, settle
 from automodel.data.loader import Collate, Loader
 from automodel.data.mixture import MixtureDataset
 from automodel.data.prepare import load_sft
 from automodel.data.preparers import SFTPreparer, choose_first, set_template, tell_skipped
 from automodel.data.rows import SFTRows
+from automodel.data.share import split_off
 from automodel.data.sources import shorter
 from automodel.data.stops import Stops
 from automodel.data.stream import Stream, StreamLoader
 from automodel.data.train_set import TrainSet, build_train_set
 from automodel.distributed.first_rank import FirstRankPerNode, node_group
 from automodel.logs import get_logger, warn_for_all
+from automodel.models.embeddings import require_embeddings
+from automodel.models.hf import pad_token_id
 from automodel.recipes.assembly import Job, build
-from automodel.types import UserError
 
 log = get_logger(__name__)
 
@@ -103,13 +105,7 @@ def prepare_sft_data(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -
     """Prepare the rows once per node, and look at them as ``data_checks`` says; every rank must call it."""
     with FirstRankPerNode():
         data = load_sft_data(job.cfg, model, tokenizer)
-    policy = job.cfg.data_checks
-    problems = data.problems()
-    fatal = [problem.text for problem in problems if policy == "strict" or (policy == "auto" and problem.is_sure)]
-    if fatal:
-        raise UserError(*fatal, "data_checks=warn trains all the same; python -m automodel.preview shows the rows")
-    for problem in problems:
-        warn_for_all(log, "%s", problem.text)
+    settle(data.problems(), job.cfg.data_checks)
     return data
 
 
@@ -119,22 +115,27 @@ def load_sft_data(cfg: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -
     Args:
         model: what the ``model`` section builds.
     """
-    limit, source = model.max_length(), build(cfg.dataset)
+    limit = model.max_length()
+    source, set_aside = split_off(build(cfg.dataset), cfg.dataset.get("validation_share"), seed=cfg.rng.seed)
     mixture = source if isinstance(source, MixtureDataset) else None
     parts = mixture.parts() if mixture is not None else {source.display_name: source}
     if source.streaming:
         parts = {name: dataclasses.replace(part, limit=SAMPLE_ROWS) for name, part in parts.items()}
     rows = _load_parts(parts, tokenizer, limit)
     pack_length = _pack_length(cfg, limit)
-    validation = build(cfg.validation_dataset)
+    validation = set_aside or build(cfg.validation_dataset)
+    validation_rows = None if validation is None else load_sft(validation, tokenizer, model_max_length=limit)
+    sets = [*rows.values(), *([] if validation_rows is None else [validation_rows])]
+    largest_id = len(tokenizer) - 1 if source.streaming else max(each.counts.largest_id for each in sets)
+    require_embeddings(model, tokenizer, largest_id=max(largest_id, pad_token_id(tokenizer)))
     return SFTData(
         cfg=cfg,
         sources=rows,
-        validation=None if validation is None else load_sft(validation, tokenizer, model_max_length=limit),
+        validation=validation_rows,
         train_set=None
         if source.streaming
         else build_train_set(rows, pack_length=pack_length, mixture=mixture, seed=cfg.rng.seed),
-        stream=_stream(cfg, source, tokenizer, limit, pack_length) if source.streaming else None,
+        stream=_stream(cfg, source, tokenizer, limit, pack_length, rows) if source.streaming else None,
         pack_length=pack_length,
     )
 
@@ -165,7 +166,12 @@ def _pack_length(cfg: Config, model_max_length: int | None) -> int | None:
 
 
 def _stream(
-    cfg: Config, source: Any, tokenizer: PreTrainedTokenizerBase, limit: int | None, pack_length: int | None
+    cfg: Config,
+    source: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None,
+    pack_length: int | None,
+    sample: dict[str, SFTRows],
 ) -> Stream:
     options = source.options(limit)
     row_format = choose_first(source.stream(), options, is_classification=False)
@@ -179,4 +185,5 @@ def _stream(
         num_epochs=cfg.step_scheduler.num_epochs,
         drop_last=cfg.dataloader.drop_last,
         pack_length=pack_length,
+        told={field for rows in sample.values() for field in rows.counts.unused},
     )

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from automodel.capabilities import CHAT_TEMPLATES, ROW_SUFFIXES
+from automodel.capabilities import ABOUT_DATASETS, CHAT_TEMPLATES, ROW_SUFFIXES
 from automodel.config.check_launch import check_launch
 from automodel.config.check_model import check_model
 from automodel.config.names import did_you_mean
@@ -27,6 +27,7 @@ def cross_checks(cfg: Config, env: Mapping[str, str] = os.environ) -> list[str]:
         _check_adapters,
         check_model,
         _check_datasets,
+        _check_validation_share,
         _check_training_rows,
         _check_evaluation,
         _check_numbers,
@@ -145,7 +146,11 @@ def _check_datasets(cfg: Config) -> Iterator[str]:
     for name in ("dataset", "validation_dataset"):
         section = getattr(cfg, name) or {}
         if str(section.get("_target_")).endswith(".JsonlDataset"):
-            yield from _check_file(f"{name}.path", section.get("path"))
+            paths = section.get("path")
+            for path in paths if isinstance(paths, list) else [paths]:
+                yield from _check_file(f"{name}.path", path)
+            if paths == []:
+                yield f"{name}.path=[] names no file"
         for key in ("limit", "max_length", "num_proc", "buffer_rows"):
             value = section.get(key)
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
@@ -155,6 +160,34 @@ def _check_datasets(cfg: Config) -> Iterator[str]:
             yield f"{name}.chat_template={choice} is neither a file nor one of: {', '.join(CHAT_TEMPLATES)}"
 
 
+def _is_validated(cfg: Config) -> bool:
+    return cfg.validation_dataset is not None or cfg.dataset.get("validation_share") is not None
+
+
+def _check_validation_share(cfg: Config) -> Iterator[str]:
+    validation_set = cfg.validation_dataset or {}
+    if validation_set.get("validation_share") is not None:
+        yield "validation_dataset.validation_share: rows of the training set are set aside by dataset.validation_share"
+    for name, keys in _mixed(cfg.dataset.get("sources")):
+        if keys.get("validation_share") is not None:
+            yield f"dataset.sources.{name}.validation_share: a mixture has none; choose a validation_dataset"
+    share = cfg.dataset.get("validation_share")
+    if not isinstance(share, int | float) or isinstance(share, bool):
+        return
+    what = f"dataset.validation_share={share:g}"
+    if not 0 < share < 1:
+        yield f"{what} must be above 0 and below 1, such as 0.05"
+    if validation_set:
+        yield f"{what} and a validation_dataset: choose one of them"
+    if cfg.dataset.get("streaming"):
+        yield f"{what} does not go with dataset.streaming=true, not known ahead; use a validation_dataset"
+
+
+def _mixed(sources: Any) -> list[tuple[str, dict[str, Any]]]:
+    tables = sources.items() if isinstance(sources, dict) else ()
+    return [(name, keys) for name, keys in tables if isinstance(keys, dict)]
+
+
 def _check_file(key: str, path: Any) -> Iterator[str]:
     import glob
 
@@ -162,8 +195,8 @@ def _check_file(key: str, path: Any) -> Iterator[str]:
         return
     file = Path(path).expanduser()
     if file.is_dir():
-        if not any(each.name.lower().removesuffix(".gz").endswith(ROW_SUFFIXES) for each in file.iterdir()):
-            yield f"{key}={path}: the folder has no file of rows ({', '.join(ROW_SUFFIXES)}; each may have .gz as well)"
+        if not _row_files(file):
+            yield f"{key}={path}: {_what_else(file)}"
     elif file.exists():
         if not os.access(file, os.R_OK):
             yield f"{key}={path} cannot be read"
@@ -171,6 +204,28 @@ def _check_file(key: str, path: Any) -> Iterator[str]:
             yield f"{key}={path} is empty"
     elif not glob.glob(str(file)):
         yield f"{key}={path}: there is no such file"
+
+
+def _row_files(folder: Path, pattern: str = "*") -> list[Path]:
+    names = (each for each in folder.glob(pattern) if each.name not in ABOUT_DATASETS and not each.name.startswith("."))
+    return sorted(each for each in names if each.name.lower().removesuffix(".gz").endswith(ROW_SUFFIXES))
+
+
+def _what_else(folder: Path) -> str:
+    """Say what a folder without rows is, and what to do."""
+    if any(folder.glob("*.arrow")) or any(folder.glob("*/*.arrow")):
+        return (
+            "a folder of Dataset.save_to_disk, whose Arrow files are not read; write it as Parquet: "
+            "datasets.load_from_disk(FOLDER).to_parquet(FILE) (of several splits, each by itself)"
+        )
+    below = _row_files(folder, "**/*")
+    if below:
+        folders = ", ".join(sorted({str(each.parent.relative_to(folder)) for each in below})[:5])
+        return (
+            f"the folder has no file of rows itself, but folders below it have ({folders}); name one of them, or all "
+            f"by a glob: {folder}/**/*{below[0].suffix}"
+        )
+    return f"the folder has no file of rows ({', '.join(ROW_SUFFIXES)}; each may have .gz as well)"
 
 
 def _check_training_rows(cfg: Config) -> Iterator[str]:
@@ -195,9 +250,9 @@ def _check_evaluation(cfg: Config) -> Iterator[str]:
     if kind not in cfg.recipe.evaluations:
         offered = ", ".join(cfg.recipe.evaluations)
         yield f"evaluation={kind} does not apply to recipe={cfg.recipe.name}; it has: {offered}"
-    if cfg.validation_dataset is None:
+    if not _is_validated(cfg):
         if cfg.evaluation:
-            yield "evaluation=generation needs rows to answer: choose a validation_dataset"
+            yield "evaluation=generation needs rows to answer: a validation_dataset, or dataset.validation_share"
         if isinstance(cfg.step_scheduler.val_every_steps, int):
             yield "step_scheduler.val_every_steps is set, but there is no validation_dataset"
 
@@ -235,7 +290,7 @@ def _check_keep_best(cfg: Config) -> Iterator[str]:
     direction, _, name = best.partition(":")
     if direction not in ("min", "max") or not name:
         yield f"checkpoint.keep_best={best} must be min:NAME or max:NAME, as min:loss or max:metric/exact_match"
-    if cfg.validation_dataset is None:
+    if not _is_validated(cfg):
         yield f"checkpoint.keep_best={best} needs a validation_dataset"
     save, validate = cfg.step_scheduler.ckpt_every_steps, cfg.step_scheduler.val_every_steps
     if isinstance(save, int) and validate != "auto" and (validate is None or save % validate):

@@ -24,7 +24,7 @@ from automodel.screen import progress
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PREPARED_AS = 2
+_PREPARED_AS = 3
 """Raised when what is written to the cache changes, so that older folders are not taken for it."""
 _CHUNK = 256
 """Rows that a process prepares at a time."""
@@ -136,6 +136,7 @@ class Builder:
         if isinstance(prepared, BadRow):
             self.bad_rows.add(place, prepared)
             return None
+        self.counts.count_unused(prepared.unused)
         if prepared.record is None:
             self.counts.num_dropped += 1
             self.counts.num_unsupervised += not prepared.is_too_long
@@ -145,6 +146,7 @@ class Builder:
             self.counts.notes[note] = self.counts.notes.get(note, 0) + 1
         self.counts.num_truncated += prepared.is_truncated
         self.counts.num_label_tokens += prepared.record["num_supervised"]
+        self.counts.largest_id = max(self.counts.largest_id, max(prepared.record["input_ids"], default=-1))
         return prepared.record
 
     def _write_stats(self, stats: Mapping[str, array]) -> None:

@@ -38,6 +38,11 @@ class Pattern(NamedTuple):
             literal + ("" if reference is None else self._text(reference, row)) for literal, reference in self.parts
         )
 
+    @property
+    def fields(self) -> list[str]:
+        """The fields that the pattern refers to."""
+        return [reference.field for _, reference in self.parts if reference is not None]
+
     def _text(self, reference: _Reference, row: Mapping[str, Any]) -> str:
         value = self._look_up(reference, row)
         if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -78,6 +83,11 @@ def read_pattern(text: str) -> Pattern:
             raise ValueError(f"{{{what}}} must be a field's name, with keys in brackets where it is nested")
         parts.append((literal, _Reference(found["field"], tuple(_KEY.findall(found["keys"])))))
     return Pattern(text, tuple(parts))
+
+
+def whole_field(name: str) -> Pattern:
+    """Return the pattern that is the value of one field, whatever its name."""
+    return Pattern(name, (("", _Reference(name, ())),))
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
-from automodel.capabilities import ROW_SUFFIXES
+from automodel.capabilities import ABOUT_DATASETS, ROW_SUFFIXES
 from automodel.data.json_document import ROW_LIST_NAMES
 from automodel.types import UserError
 
@@ -179,7 +179,7 @@ def suffix_of(path: Path) -> str:
 
 def is_data_file(path: Path) -> bool:
     """Say whether a file of a folder is taken for rows."""
-    return suffix_of(path) in ROW_SUFFIXES and not path.name.startswith(".")
+    return suffix_of(path) in ROW_SUFFIXES and not path.name.startswith(".") and path.name not in ABOUT_DATASETS
 
 
 def _refuse(path: Path, head: bytes, *, suffix: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from automodel.data.columns import Pattern, fields_seen, nearest, read_pattern
+from automodel.data.columns import Pattern, fields_seen, nearest, read_pattern, whole_field
 from automodel.data.preference import Preference, read_preference
 from automodel.data.readers import BadRow, require_text
+from automodel.data.row_format import RowFormat
 from automodel.data.turns import Turn, read_tools, read_turns, with_system
 
 FormatName = Literal["auto", "prompt_completion", "alpaca", "messages", "sharegpt", "text", "text_label", "preference"]
@@ -65,70 +66,31 @@ _OPTIONAL = {
     "messages": ("tools", "system"),
     "sharegpt": ("tools", "system"),
     "alpaca": ("input", "system"),
+    "prompt_completion": ("input", "system"),
     "preference": ("prompt", "messages", "conversations", "tools", "system"),
 }
 # Other names under which the fields of a format are known, tried where the usual ones are not there.
 _ALIASES: dict[str, tuple[dict[str, str], ...]] = {
     "prompt_completion": ({"prompt": "question", "completion": "answer"},),
+    "alpaca": ({"output": "response"},),
     "text_label": ({"text": "sentence"}, {"text": "{title}\n{description}"}),
     "preference": ({"chosen": "chosen_messages", "rejected": "rejected_messages"},),
 }
+# Fields that often are a column under a name which alone does not say so.
+_LIKELY = {
+    "prompt_completion": {
+        "prompt": ("query", "question", "prompt", "problem", "instruction", "input", "source"),
+        "completion": ("response", "answer", "completion", "solution", "output", "target", "summary"),
+    },
+    "text_label": {
+        "text": ("text", "sentence", "content", "review", "question", "document", "body"),
+        "label": ("label", "labels", "class", "category", "target", "sentiment", "intent"),
+    },
+}
+_CLASSIFIED = ("text_label",)
 _SFT_FORMATS = ("messages", "sharegpt", "prompt_completion", "alpaca", "text")
 # Beside a text these say where it is from; any other field may be what should be learnt.
 _PROVENANCE = {"id", "url", "source", "timestamp", "date", "meta", "metadata"}
-
-
-class RowFormat:
-    """Reads rows of one format; chosen from the first row, or by name."""
-
-    def __init__(self, name: str, fields: Mapping[str, str | Pattern]) -> None:
-        self.name = name
-        self._fields = fields
-
-    def read(self, row: Mapping[str, Any]) -> Shape:
-        """Bring a row to its shape.
-
-        Raises:
-            BadRow: a field is missing, of the wrong type, or an answer is empty.
-        """
-        return _READERS[self.name](self, row)
-
-    def has(self, row: Mapping[str, Any], column: str) -> bool:
-        """Return whether the row holds something in a column that may be left out."""
-        field = self._fields.get(column, column)
-        return isinstance(field, Pattern) or row.get(field) is not None
-
-    def title(self, column: str) -> str:
-        """Return what the user calls a column: its field, or the pattern for it."""
-        field = self._fields.get(column, column)
-        return field.text if isinstance(field, Pattern) else field
-
-    def value(self, row: Mapping[str, Any], column: str) -> Any:
-        """Return what a column holds, of any type.
-
-        Raises:
-            BadRow: the field, or a key of a pattern, is missing.
-        """
-        field = self._fields.get(column, column)
-        if isinstance(field, Pattern):
-            return field.fill(row)
-        if field not in row:
-            raise BadRow(f'no field "{field}"; {fields_seen(row)}{nearest(field, row)}')
-        return row[field]
-
-    def text(self, row: Mapping[str, Any], column: str, *, may_be_empty: bool = True) -> str:
-        """Return the text of a column.
-
-        Raises:
-            BadRow: it is missing, not text, or empty where it must not be.
-        """
-        value = self.value(row, column)
-        if isinstance(self._fields.get(column), Pattern) and isinstance(value, int | float):
-            value = value if isinstance(value, bool) else str(value)
-        text = require_text(value, self.title(column))
-        if not may_be_empty and not text.strip():
-            raise BadRow(f'the field "{self.title(column)}" is empty')
-        return text
 
 
 def choose_format(
@@ -151,21 +113,28 @@ def choose_format(
         UnknownFormat: the fields are not those of a known format, or of several; it says which key settles it.
     """
     mapped = {column: _mapped(column, field, row) for column, field in columns.items() if field is not None}
-    candidates = ("text_label",) if is_classification else ("preference",) if is_preference else _SFT_FORMATS
+    candidates = _CLASSIFIED if is_classification else ("preference",) if is_preference else _SFT_FORMATS
     if name not in ("auto", *candidates):
-        if name == "preference":
-            raise UnknownFormat(_PAIRS)
-        raise UnknownFormat(f"dataset.format={name} does not suit this recipe; it takes {' or '.join(candidates)}")
+        does = f"dataset.format={name} does not suit this recipe; it takes {' or '.join(candidates)}"
+        raise UnknownFormat(f"{does}; {_recipe_for(name)}")
     if name == "auto":
         if candidates == _SFT_FORMATS and not mapped:
             _refuse_preferences(row)
         name = _detected(candidates, mapped, row)
-    return RowFormat(name, _fields_of(name, mapped, row))
+    return RowFormat(name, _fields_of(name, mapped, row), mapped=mapped, reader=_READERS[name])
+
+
+def _recipe_for(name: str) -> str:
+    """Return which recipe trains on rows of a format."""
+    if name == "preference":
+        return _PAIRS
+    return f"recipe={'llm_seq_cls' if name in _CLASSIFIED else 'llm_sft'} trains on rows of this format ({name})"
 
 
 _PAIRS = (
-    "the rows are preference pairs (chosen, rejected), which this recipe does not train on; to train on the chosen "
-    "answers alone, map them: dataset.columns.prompt with dataset.columns.completion, or dataset.columns.messages"
+    "the rows are preference pairs (chosen, rejected), which no recipe trains on yet; to train on the chosen answers "
+    "alone with recipe=llm_sft, map them: dataset.columns.prompt with dataset.columns.completion, or "
+    "dataset.columns.messages"
 )
 
 
@@ -180,21 +149,29 @@ def _refuse_preferences(row: Mapping[str, Any]) -> None:
         )
 
 
+def missing_fields(columns: Mapping[str, str | None], row: Mapping[str, Any]) -> set[str]:
+    """Return the fields that ``columns`` refers to and a row does not have."""
+    named = {column: field for column, field in columns.items() if field is not None}
+    return {each for column, field in named.items() for each in _pattern(column, field, row).fields if each not in row}
+
+
 def _mapped(column: str, field: str, row: Mapping[str, Any]) -> str | Pattern:
+    pattern = _pattern(column, field, row)
+    for each in pattern.fields:
+        if each not in row:
+            named = f"dataset.columns.{column}" + ("" if each == field else f"={field}")
+            raise UnknownFormat(f'no field "{each}" ({named}); {fields_seen(row)}{nearest(each, row)}')
+    return field if pattern.fields == [field] else pattern
+
+
+def _pattern(column: str, field: str, row: Mapping[str, Any]) -> Pattern:
+    """Return the pattern that a user's ``field`` is; the name of a field may hold braces."""
     if field in row or not any(brace in field for brace in "{}"):
-        if field not in row:
-            message = f'no field "{field}" (dataset.columns.{column}); {fields_seen(row)}{nearest(field, row)}'
-            raise UnknownFormat(message)
-        return field
+        return whole_field(field)
     try:
-        pattern = read_pattern(field)
+        return read_pattern(field)
     except ValueError as error:
         raise UnknownFormat(f"dataset.columns.{column}={field} is no pattern: {error}") from None
-    for _, reference in pattern.parts:
-        if reference is not None and reference.field not in row:
-            hint = f"{fields_seen(row)}{nearest(reference.field, row)}"
-            raise UnknownFormat(f'no field "{reference.field}" (dataset.columns.{column}={field}); {hint}')
-    return pattern
 
 
 def _detected(candidates: tuple[str, ...], mapped: Mapping[str, Any], row: Mapping[str, Any]) -> str:
@@ -203,8 +180,27 @@ def _detected(candidates: tuple[str, ...], mapped: Mapping[str, Any], row: Mappi
         return fits[0]
     if fits:
         raise UnknownFormat(f"the {fields_seen(row)} suit several formats; choose dataset.format={' or '.join(fits)}")
+    others = [each for each in _REQUIRED if each not in candidates and _has_sign(each, mapped, row)]
+    if others:
+        raise UnknownFormat(
+            f"the {fields_seen(row)} do not suit this recipe; {_recipe_for(others[0])}; or name "
+            "the fields to train on here with dataset.columns.*"
+        )
     wanted = "; ".join(f"{each}: {', '.join(_columns_of(each))}" for each in candidates)
-    raise UnknownFormat(f"the {fields_seen(row)} are of no known format; name them with dataset.columns.* ({wanted})")
+    raise UnknownFormat(
+        f"the {fields_seen(row)} are of no known format; name them with dataset.columns.* ({wanted})"
+        f"{_likely_columns(candidates, row)}"
+    )
+
+
+def _likely_columns(candidates: tuple[str, ...], row: Mapping[str, Any]) -> str:
+    """Return the keys that probably name the fields of a row, as the end of a message."""
+    for name, columns in _LIKELY.items():
+        found = {column: next((field for field in fields if field in row), None) for column, fields in columns.items()}
+        if name in candidates and all(found.values()):
+            keys = " ".join(f"dataset.columns.{column}={field}" for column, field in found.items())
+            return f"; perhaps {keys}"
+    return ""
 
 
 def _has_sign(name: str, mapped: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
@@ -240,7 +236,17 @@ def _is_there(field: str | Pattern, row: Mapping[str, Any]) -> bool:
 def _read_prompt_completion(fields: RowFormat, row: Mapping[str, Any]) -> PromptCompletion:
     kind = row.get("kind")
     completion = fields.text(row, "completion", may_be_empty=False)
-    return PromptCompletion(fields.text(row, "prompt"), completion, kind if isinstance(kind, str) else None)
+    prompt = fields.text(row, "prompt")
+    before = [_beside_prompt(fields, row, column) for column in ("system", "input")]
+    prompt = "\n\n".join([*(text for text in before if text and text.strip() not in prompt), prompt])
+    return PromptCompletion(prompt, completion, kind if isinstance(kind, str) else None)
+
+
+def _beside_prompt(fields: RowFormat, row: Mapping[str, Any], column: str) -> str:
+    """Return what stands beside a prompt and belongs to it; where the user names the prompt, what he names alone."""
+    if fields.is_mapped(column):
+        return fields.text(row, column) if fields.has(row, column) else ""
+    return fields.text(row, column) if not fields.is_mapped("prompt") and fields.has_text(row, column) else ""
 
 
 def _read_alpaca(fields: RowFormat, row: Mapping[str, Any]) -> Messages:
@@ -268,12 +274,27 @@ def _read_text(fields: RowFormat, row: Mapping[str, Any]) -> PlainText:
 
 
 def _read_text_label(fields: RowFormat, row: Mapping[str, Any]) -> TextLabel:
-    label = fields.value(row, "label")
-    if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
-        raise BadRow(f'the field "{fields.title("label")}" must be a whole number or a name')
-    if isinstance(label, str):
-        require_text(label, fields.title("label"))
-    return TextLabel(fields.text(row, "text", may_be_empty=False), str(label))
+    label = _label(fields.value(row, "label"), f'the field "{fields.title("label")}"')
+    return TextLabel(fields.text(row, "text", may_be_empty=False), require_text(label, fields.title("label")))
+
+
+def _label(label: Any, what: str) -> str:
+    """Return the name of a class: text as it is, true and false in lower case, a whole number without a fraction."""
+    if isinstance(label, list):
+        raise BadRow(
+            f"{what} is a list of labels; a classifier learns one label a row, several (multi-label) are not read"
+        )
+    if label is None or label == "" or label != label:
+        raise BadRow(f"{what} is empty: the row has no label; leave such rows out")
+    if isinstance(label, bool):
+        return str(label).lower()
+    if isinstance(label, float):
+        if not label.is_integer():
+            raise BadRow(f"{what} is {label:g}: a score is not a class; give each class a whole number or a name")
+        return str(int(label))
+    if not isinstance(label, int | str):
+        raise BadRow(f"{what} must be a whole number, true or false, or a name")
+    return str(label)
 
 
 def _system(fields: RowFormat, row: Mapping[str, Any]) -> str:

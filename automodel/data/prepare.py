@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 from automodel.data.build import Builder, Source, facts_of
 from automodel.data.cache import build_once
 from automodel.data.formats import RowFormat
+from automodel.data.labels import numbered_labels
 from automodel.data.preparers import ClassificationPreparer, PrepareOptions, SFTPreparer, choose_first, set_template
 from automodel.data.proof import PROVED_ROWS, Proof, prove
 from automodel.data.readers import BadRow
 from automodel.data.rows import ClassificationRows, Prompts, RowCounts, RowStats, SFTRows
 from automodel.data.stops import Stops
 from automodel.data.tokenize import require_eos
+from automodel.data.unused import tell_unused
 from automodel.logs import get_logger, warn_for_all
 from automodel.types import UserError
 
@@ -92,20 +94,49 @@ def load_classification(
     tokenizer: PreTrainedTokenizerBase,
     *,
     model_max_length: int | None,
-    label_names: Sequence[str] | None = None,
+    known: ClassificationRows | None = None,
+    set_aside: Source | None = None,
+    head_labels: Sequence[str] = (),
 ) -> ClassificationRows:
     """Prepare the rows of ``source`` for a sequence classifier, or take them from the cache.
 
     Args:
-        label_names: the labels of the training set, which validation rows must keep to; None collects them.
+        known: the training set, whose labels validation rows must keep to; None collects them.
+        set_aside: rows whose labels count as well, though they are not trained on.
+        head_labels: those of the checkpoint's own head, by index.
 
     Raises:
         UserError: damaged rows, an unknown label, or no rows.
     """
     import numpy as np
 
+    name = source.display_name
+    table, meta, counts, stats = _prepared_texts(source, tokenizer, model_max_length, known)
+    if known is not None:
+        names, spelt = known.label_names, known.spelt
+    else:
+        labels = set(table.unique("label"))
+        if set_aside is not None:
+            labels |= set(_prepared_texts(set_aside, tokenizer, model_max_length, None)[0].unique("label"))
+        if len(labels) < 2:
+            raise UserError(f"{name}: every row has the label {labels.pop()!r}; a classifier needs two labels or more")
+        names, spelt = numbered_labels(name, labels, head_labels)
+    number = {label: index for index, label in enumerate(spelt)}
+    indices = np.fromiter((number[label] for label in table["label"]), dtype=np.int32, count=len(table))
+    examples = table.select_columns(["input_ids"]).add_column("labels", indices)
+    is_model_limit = source.options(model_max_length).is_model_limit
+    return ClassificationRows(name, examples, names, spelt, meta["fingerprint"], counts, stats, is_model_limit)
+
+
+def _prepared_texts(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    model_max_length: int | None,
+    known: ClassificationRows | None,
+) -> tuple[Any, dict[str, Any], RowCounts, RowStats]:
+    """Return the tokenised texts with the names of their labels, and what became of the rows."""
     name, options = source.display_name, source.options(model_max_length)
-    names = None if label_names is None else tuple(label_names)
+    names = None if known is None else known.spelt
 
     def prepare(row_format: RowFormat) -> ClassificationPreparer:
         return ClassificationPreparer(tokenizer, row_format, options, names)
@@ -118,15 +149,7 @@ def load_classification(
     meta, counts, stats = _read_meta(folder)
     _require_rows(name, options, counts, num_examples=len(stats.lengths))
     _log_counts(name, options, counts)
-    table = _open(folder)
-    if names is None:
-        names = _sorted_labels(set(table.unique("label")))
-    if len(names) < 2:
-        raise UserError(f"{name}: every row has the label {names[0]!r}; a classifier needs two labels or more")
-    number = {label: index for index, label in enumerate(names)}
-    labels = np.fromiter((number[label] for label in table["label"]), dtype=np.int32, count=len(table))
-    examples = table.select_columns(["input_ids"]).add_column("labels", labels)
-    return ClassificationRows(name, examples, names, meta["fingerprint"], counts, stats)
+    return _open(folder), meta, counts, stats
 
 
 def _read_meta(folder: Path) -> tuple[dict[str, Any], RowCounts, RowStats]:
@@ -165,10 +188,4 @@ def _log_counts(name: str, options: PrepareOptions, counts: RowCounts) -> None:
     )  # fmt: skip
     for note, num_rows in counts.notes.items():
         warn_for_all(log, "%s: %d of %d rows: %s", name, num_rows, counts.num_rows_read, note)
-
-
-def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
-    is_numeric = all(label.removeprefix("-").isdecimal() for label in labels)
-    if is_numeric:  # "1" and "01" are two names of one number: the name decides, not the order of a set
-        return tuple(sorted(labels, key=lambda label: (int(label), label)))
-    return tuple(sorted(labels))
+    tell_unused(name, counts)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from automodel.data.encode import added_ids
@@ -18,12 +19,14 @@ from automodel.data.formats import (
     TextLabel,
     UnknownFormat,
     choose_format,
+    missing_fields,
 )
 from automodel.data.readers import MAX_PROBLEMS, BadRow, Row, raise_problems
 from automodel.data.rows import RowCounts, renders_with_template
 from automodel.data.stops import NO_STOPS, Stops
 from automodel.data.templates import set_chat_template
 from automodel.data.tokenize import Supervise, Tokens, Truncation, cut, shifted_example, tokenize_input, tokenize_shape
+from automodel.data.unused import unread_keys
 from automodel.logs import get_logger, warn_for_all
 from automodel.types import IGNORE_INDEX, UserError
 
@@ -34,6 +37,9 @@ log = get_logger(__name__)
 
 ReadRow = Row | tuple[str, BadRow]
 
+
+_NUM_FIRST_ROWS = 1000
+"""Rows among which a field is looked for that the user names and the first row lacks."""
 
 OnBadRow = Literal["stop", "skip"]
 
@@ -68,6 +74,7 @@ class Prepared(NamedTuple):
     Attributes:
         notes: what the user should know, which is counted over the rows.
         stops: the ends that its example supervises.
+        unused: the fields that hold something and that nothing read.
     """
 
     record: dict[str, Any] | None
@@ -75,6 +82,7 @@ class Prepared(NamedTuple):
     is_too_long: bool = False
     notes: tuple[str, ...] = ()
     stops: Stops = NO_STOPS
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,12 @@ class SFTPreparer:
     keeps_prompts: bool
 
     def __call__(self, fields: Mapping[str, Any]) -> Prepared:
-        shape = self.format.read(fields)
+        shape, unused = self.format.read_with_rest(fields)
+        if isinstance(shape, Messages):
+            unused += [f"messages.{key}" for key in sorted(unread_keys(shape.turns, self.tokenizer.chat_template))]
+        return self._prepared(shape)._replace(unused=tuple(unused))
+
+    def _prepared(self, shape: PromptCompletion | Messages | PlainText) -> Prepared:
         tokens = tokenize_shape(self.tokenizer, shape, supervise=self.options.supervise)
         short = cut(
             tokens,
@@ -125,10 +138,16 @@ class ClassificationPreparer:
     label_names: tuple[str, ...] | None
 
     def __call__(self, fields: Mapping[str, Any]) -> Prepared:
-        shape: TextLabel = self.format.read(fields)
+        shape, unused = self.format.read_with_rest(fields)
+        return self._prepared(shape)._replace(unused=tuple(unused))
+
+    def _prepared(self, shape: TextLabel) -> Prepared:
         names = self.label_names
         if names is not None and shape.label not in names:
-            raise BadRow(f"label {shape.label!r} does not occur in the training set; its labels: {_some(names)}")
+            raise BadRow(
+                f"label {shape.label!r} does not occur in the training set; its labels: {_some(names)} "
+                "(on_bad_row=skip leaves such rows out)"
+            )
         before, ids, after = tokenize_input(self.tokenizer, shape.text)
         room = max(1, self.options.max_length - len(before) - len(after))
         tokens = cut(
@@ -152,15 +171,30 @@ def set_template(tokenizer: PreTrainedTokenizerBase, format_name: str, options: 
 
 
 def choose_first(rows: Iterable[ReadRow], options: PrepareOptions, *, is_classification: bool) -> RowFormat | None:
-    """Return the format that the first row that can be read has; None where there is no such row."""
+    """Return the format that the first row that can be read has; None where there is no such row.
+
+    A field that the user names may be missing from the first row, if another of the first ones holds it.
+    """
+    rows = iter(rows)
     for place, fields in rows:
         if isinstance(fields, BadRow):
             continue
         try:
+            fields = fields | _held_later(rows, missing_fields(options.columns, fields))
             return choose_format(options.format, options.columns, row=fields, is_classification=is_classification)
         except UnknownFormat as error:
             raise UserError(f"{place}: {error}") from error
     return None
+
+
+def _held_later(rows: Iterator[ReadRow], missing: Collection[str]) -> dict[str, None]:
+    """Return those of the missing fields that one of the next rows has."""
+    found: set[str] = set()
+    for _, fields in islice(rows, _NUM_FIRST_ROWS if missing else 0):
+        found |= {field for field in missing if not isinstance(fields, BadRow) and field in fields}
+        if len(found) == len(missing):
+            break
+    return dict.fromkeys(found)
 
 
 class BadRows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,8 @@ class RowCounts:
     Attributes:
         num_unsupervised: rows dropped because nothing supervised is left of them; the others of ``num_dropped`` were
             too long for ``truncation=drop``.
+        largest_id: of the tokens that are kept.
+        unused: fields that nothing reads, with the number of rows that hold something in them.
         num_bad: damaged rows that were skipped; ``bad_rows`` names the first of them.
         notes: what the user should know of rows that are trained on, with their number.
     """
@@ -46,9 +48,16 @@ class RowCounts:
     num_unsupervised: int = 0
     num_truncated: int = 0
     num_label_tokens: int = 0
+    largest_id: int = -1
     num_bad: int = 0
+    unused: dict[str, int] = field(default_factory=dict)
     bad_rows: list[str] = field(default_factory=list)
     notes: dict[str, int] = field(default_factory=dict)
+
+    def count_unused(self, names: Iterable[str]) -> None:
+        """Count a row that holds something in fields which nothing reads."""
+        for name in names:
+            self.unused[name] = self.unused.get(name, 0) + 1
 
 
 @dataclass(frozen=True)
@@ -133,11 +142,16 @@ class ClassificationRows:
 
     Attributes:
         examples: map-style rows of ``input_ids`` [T] and ``labels``, an index into ``label_names``.
+        label_names: the classes by their index, as the model calls them.
+        spelt: the same as the rows spell them.
+        is_model_limit: as of SFTRows.
     """
 
     name: str
     examples: Any
     label_names: tuple[str, ...]
+    spelt: tuple[str, ...]
     fingerprint: str
     counts: RowCounts
     stats: RowStats
+    is_model_limit: bool = False

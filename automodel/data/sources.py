@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 from automodel.data.formats import FormatName
@@ -73,6 +74,7 @@ class _RowKeys:
     """The keys that say what the rows of a file or of the hub become."""
 
     split: str = "train"
+    validation_share: float | None = None
     format: FormatName = "auto"
     columns: dict[str, str | None] = field(default_factory=dict)
     limit: int | None = None
@@ -106,11 +108,12 @@ class _RowKeys:
 class JsonlDataset(_RowKeys):
     """Rows of local files; what ``dataset=jsonl`` configures."""
 
-    path: str
+    path: str | list[str]
 
     @property
     def display_name(self) -> str:
-        return self.path
+        paths = self._paths()
+        return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
 
     def rows(self, *, is_classification: bool) -> Iterable[ReadRow]:
         start, stop = self._bounds()
@@ -143,11 +146,19 @@ class JsonlDataset(_RowKeys):
     def num_bytes(self) -> int | None:
         return sum(file.stat().st_size for file in self._files())
 
-    def _files(self) -> list[Any]:
-        files = local_files(self.path)
-        if not files:
-            raise UserError(f"dataset.path={self.path} does not exist, or holds no file of rows")
-        return files
+    def _paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
+
+    def _files(self) -> list[Path]:
+        files: dict[Path, Path] = {}
+        for path in self._paths():
+            found = local_files(path)
+            if not found:
+                raise UserError(f"dataset.path={path} does not exist, or holds no file of rows")
+            for file in found:
+                if files.setdefault(file.resolve(), file) is not file:
+                    raise UserError(f"dataset.path names {file} twice; its rows would count twice")
+        return list(files.values())
 
     def _bounds(self) -> tuple[int, int | None]:
         chosen = parse_split(self.split)

@@ -21,6 +21,7 @@ from automodel.data.packing import PackedRows, pack
 from automodel.data.preparers import BadRows, tell_skipped
 from automodel.data.readers import BadRow
 from automodel.data.rows import RowCounts
+from automodel.data.unused import tell_unused
 from automodel.logs import get_logger
 from automodel.types import UserError
 
@@ -53,6 +54,7 @@ class Stream:
     Attributes:
         prepare: the fields of a row -> what it becomes; raises BadRow.
         pack_length: documents are packed into so many tokens; None: every row is an item.
+        told: unused fields that the user knows of; those that appear later are added.
     """
 
     source: Any
@@ -63,7 +65,7 @@ class Stream:
     num_epochs: int
     drop_last: bool
     pack_length: int | None = None
-    counts: RowCounts = field(default_factory=RowCounts)
+    told: set[str] = field(default_factory=set)
 
     def steps(self, state: State) -> Iterator[Step]:
         """Yield every global batch from ``state`` on.
@@ -138,9 +140,13 @@ class Stream:
                 if self.options.on_bad_row == "stop":
                     bad_rows.settle(place)
                 continue
+            bad_rows.counts.count_unused(name for name in prepared.unused if name not in self.told)
             if prepared.record is not None:
                 examples.append(_example(prepared.record))
         tell_skipped(self.source.display_name, bad_rows.counts)
+        bad_rows.counts.num_rows_read = num_read
+        tell_unused(self.source.display_name, bad_rows.counts)
+        self.told.update(bad_rows.counts.unused)
         return examples, num_read
 
     def _packed(self, examples: list[Item], state: State) -> Any:

@@ -11,7 +11,14 @@ from automodel.data.readers import BadRow, require_text
 
 Turn = dict[str, Any]
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",
+}
 _SHAREGPT_ROLES = _ROLES | {
     "human": "user",
     "gpt": "assistant",
@@ -20,6 +27,9 @@ _SHAREGPT_ROLES = _ROLES | {
     "observation": "tool",
 }
 _WEIGHT_KEYS = ("weight", "loss_weight")
+_FLAG_KEYS = ("train", "training")
+"""Whether a message is trained on, as other tools call it."""
+_FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def read_turns(value: Any, name: str) -> tuple[list[Turn], list[float | None] | None]:
@@ -28,6 +38,8 @@ def read_turns(value: Any, name: str) -> tuple[list[Turn], list[float | None] | 
     Raises:
         BadRow: it is not a list of messages, or a message cannot be read.
     """
+    if isinstance(value, str):
+        value = _parsed(value, f'the field "{name}"')
     if not isinstance(value, list) or not value:
         raise BadRow(f'the field "{name}" must be a list of messages that is not empty')
     turns = [read_turn(turn, f"message {number}") for number, turn in enumerate(value, start=1)]
@@ -43,14 +55,19 @@ def read_turn(turn: Any, where: str) -> Turn:
     """
     if not isinstance(turn, dict):
         raise BadRow(f"{where} must be an object with role and content, or with from and value")
+    turn = without_nulls(turn)
     is_sharegpt = "from" in turn and "role" not in turn
     given, content = (turn["from"], turn.get("value")) if is_sharegpt else (turn.get("role"), turn.get("content"))
     roles = _SHAREGPT_ROLES if is_sharegpt else _ROLES
     role = roles.get(given) if isinstance(given, str) else None
     if role is None:
         raise BadRow(f"{where} has the role {given!r}; roles: {', '.join(roles)}")
-    dropped = {"from", "value", *_WEIGHT_KEYS}
-    read = {key: each for key, each in turn.items() if each is not None and key not in dropped}
+    dropped = {"function_call", *_WEIGHT_KEYS, *_FLAG_KEYS} | ({"from", "value"} if is_sharegpt else set())
+    read = {key: each for key, each in turn.items() if key not in dropped}
+    if call := turn.get("function_call"):
+        if read.get("tool_calls"):
+            raise BadRow(f"{where}: function_call is the older name of tool_calls; keep one of them")
+        read["tool_calls"] = [call] if isinstance(call, dict) else _parsed_call(call, where)
     if role == "function_call":
         return read | {"role": "assistant", "content": "", "tool_calls": _read_call_text(content, where)}
     if isinstance(content, list):
@@ -61,7 +78,8 @@ def read_turn(turn: Any, where: str) -> Turn:
     if read.get("tool_calls"):
         if role != "assistant":
             raise BadRow(f"{where}: tool_calls are the assistant's, not the {role}'s")
-        read["tool_calls"] = _read_calls(read["tool_calls"], where)
+        calls = read["tool_calls"]
+        read["tool_calls"] = _read_calls(_parsed_call(calls, where) if isinstance(calls, str) else calls, where)
         content = "" if content is None else content
     if "reasoning_content" in read:
         require_text(read["reasoning_content"], f"{where}: reasoning_content")
@@ -79,8 +97,7 @@ def read_tools(tools: Any) -> list[dict[str, Any]] | None:
     Raises:
         BadRow: they are no list of objects.
     """
-    if isinstance(tools, str) and tools.strip():
-        tools = _parsed(tools, 'the field "tools"')
+    tools = _parsed(tools, 'the field "tools"') if isinstance(tools, str) and tools.strip() else without_nulls(tools)
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -103,15 +120,42 @@ def with_system(turns: list[Turn], weights: list[float | None] | None, system: s
     return [{"role": "system", "content": system}, *turns], None if weights is None else [None, *weights]
 
 
+def without_nulls(value: Any) -> Any:
+    """Return ``value`` without the keys of objects that hold null, at any depth.
+
+    Parquet and Arrow give each object the keys of all others, null where it had none. An object that JSON Lines hold
+    is treated in the same way, so that both train the same tokens; what is JSON text keeps its nulls in both.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
 def _read_weight(turn: Mapping[str, Any], where: str) -> float | None:
-    given = {key: turn[key] for key in _WEIGHT_KEYS if turn.get(key) is not None}
-    for key, weight in given.items():
-        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not is_number or weight < 0 or not math.isfinite(weight):
-            raise BadRow(f"{where}: {key}={weight!r} must be a number that is not negative")
-    if len(set(given.values())) > 1:
-        raise BadRow(f"{where}: weight and loss_weight differ; keep one of them")
-    return float(next(iter(given.values()))) if given else None
+    """Return a message's loss weight, which it may give as a number or as whether it is trained on, also as text."""
+    weights = {key: _weight(turn[key], f"{where}: {key}") for key in _WEIGHT_KEYS if turn.get(key) is not None}
+    flags = {key: _flag(turn[key], f"{where}: {key}") for key in _FLAG_KEYS if turn.get(key) is not None}
+    given = set(weights.values()) or {float(flag) for flag in flags.values()}
+    if len(given) > 1 or any(bool(weight) != flag for weight in given for flag in flags.values()):
+        raise BadRow(f"{where}: {' and '.join([*weights, *flags])} differ; keep one of them")
+    return given.pop() if given else None
+
+
+def _weight(value: Any, what: str) -> float:
+    try:
+        weight = float(_FLAGS.get(value.strip().lower(), value) if isinstance(value, str) else value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise BadRow(f"{what}={value!r} must be a number that is not negative")
+    return weight
+
+
+def _flag(value: Any, what: str) -> bool:
+    flag = _FLAGS.get(str(value).strip().lower().removesuffix(".0"))
+    if flag is None:
+        raise BadRow(f"{what}={value!r} must be true or false")
+    return flag
 
 
 def _read_parts(parts: list[Any], role: str, where: str) -> tuple[str, dict[str, Any]]:
@@ -145,9 +189,12 @@ def _read_parts(parts: list[Any], role: str, where: str) -> tuple[str, dict[str,
 
 def _read_call_text(value: Any, where: str) -> list[dict[str, Any]]:
     """Return the calls that JSON text holds: one object of name and arguments, or a list of them."""
-    text = require_text(value, f"{where}: the tool call")
-    parsed = _parsed(text, f"{where}: the tool call")
-    return _read_calls(parsed if isinstance(parsed, list) else [parsed], where)
+    return _read_calls(_parsed_call(value, where), where)
+
+
+def _parsed_call(value: Any, where: str) -> list[Any]:
+    parsed = _parsed(require_text(value, f"{where}: the tool call"), f"{where}: the tool call")
+    return parsed if isinstance(parsed, list) else [parsed]
 
 
 def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:

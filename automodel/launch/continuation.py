@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from automodel.config.choices import quoted
-from automodel.config.record import masked_text
 from automodel.launch.worker import LAUNCHER_PID, STATUS_DIR, is_worker
+from automodel.secrets import masked_text
 
 _NOTE = "continuation"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal
@@ -33,8 +33,11 @@ class LoRA:
     use_dora: bool = False
     modules_to_save: list[str] | None = None
 
-    def apply(self, model: PreTrainedModel, *, task: Task) -> PeftModel:
+    def apply(self, model: PreTrainedModel, *, task: Task, new_token_ids: Sequence[int] = ()) -> PeftModel:
         """Freeze ``model`` and add adapters drawn from torch's global generator; a new classifier head is trained.
+
+        Args:
+            new_token_ids: tokens whose rows of the embedding (and of the output) are trained and saved as well.
 
         Raises:
             UserError: a name of ``target_modules`` or ``modules_to_save`` is that of no module.
@@ -54,6 +57,7 @@ class LoRA:
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
             modules_to_save=self.modules_to_save,
+            trainable_token_indices=_rows_of(model, new_token_ids) if new_token_ids else None,
         )
         try:
             return get_peft_model(model, config)
@@ -126,3 +130,13 @@ def _last_parts(names: Iterable[str], *, num_parts: int = 1) -> dict[str, None]:
     """Return the ends of dotted names, each once, without numbers of layers."""
     parts = ([part for part in name.split(".") if not part.isdecimal()] for name in names)
     return dict.fromkeys(".".join(each[-num_parts:]) for each in parts)
+
+
+def _rows_of(model: PreTrainedModel, token_ids: Sequence[int]) -> dict[str, list[int]]:
+    """Return the tokens by the names of the layers that have a row for each; a tied output follows the embedding."""
+    layers = [model.get_input_embeddings()]
+    output = model.get_output_embeddings()
+    if output is not None and output.weight is not layers[0].weight:
+        layers.append(output)
+    names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
+    return {name.rpartition(".")[2]: list(token_ids) for name in names}

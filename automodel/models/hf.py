@@ -35,6 +35,7 @@ class HFModel:
     dtype: WeightDtype = "auto"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    resize_embeddings: bool = False
 
     @property
     def name(self) -> str:
@@ -42,17 +43,7 @@ class HFModel:
 
     def max_length(self) -> int | None:
         """Return the most tokens that the model can take, or None where its configuration does not say."""
-        from transformers import AutoConfig
-
-        try:
-            config = AutoConfig.from_pretrained(
-                self.pretrained_model_name_or_path, revision=self.revision, trust_remote_code=self.trust_remote_code
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"model.pretrained_model_name_or_path={self.pretrained_model_name_or_path}: {_first_line(error)}"
-            ) from error
-        return getattr(config.get_text_config(), "max_position_embeddings", None)
+        return getattr(self.config().get_text_config(), "max_position_embeddings", None)
 
     def download(self) -> None:
         """Bring the weights of a hub id into the local cache; nothing happens where a folder is named."""
@@ -98,7 +89,7 @@ class HFModel:
         """
         options = self._options()
         try:
-            config = self._config()
+            config = self.config()
             model, report = _auto_class(label_names).from_pretrained(
                 self.pretrained_model_name_or_path,
                 config=_with_labels(config, label_names, tokenizer),
@@ -114,6 +105,8 @@ class HFModel:
                 f"model.pretrained_model_name_or_path={self.pretrained_model_name_or_path}: {_first_line(error)}"
             ) from error
         require_complete(self.pretrained_model_name_or_path, report, has_new_head=label_names is not None, model=model)
+        if self.resize_embeddings:
+            _enlarge_embeddings(model, len(tokenizer))
         return model
 
     def build_unfilled(
@@ -126,9 +119,13 @@ class HFModel:
         """
         from transformers import GenerationConfig
 
+        config = _with_labels(self.config(), label_names, tokenizer)
+        if self.resize_embeddings:
+            text_config = config.get_text_config()
+            text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
         try:
             model = _auto_class(label_names).from_config(
-                _with_labels(self._config(), label_names, tokenizer),
+                config,
                 dtype=torch_dtype(self.dtype),
                 attn_implementation=self.attn_implementation,
                 trust_remote_code=self.trust_remote_code,
@@ -144,10 +141,20 @@ class HFModel:
                 )
         return model
 
-    def _config(self) -> PreTrainedConfig:
+    def config(self) -> PreTrainedConfig:
+        """Load the configuration.
+
+        Raises:
+            UserError: none can be loaded.
+        """
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(self.pretrained_model_name_or_path, **self._options())
+        try:
+            return AutoConfig.from_pretrained(self.pretrained_model_name_or_path, **self._options())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"model.pretrained_model_name_or_path={self.pretrained_model_name_or_path}: {_first_line(error)}"
+            ) from error
 
     def _options(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
@@ -194,6 +201,23 @@ class ScratchModel:
             dtype=self.dtype,
             attn_implementation=self.attn_implementation,
         )
+
+
+def _enlarge_embeddings(model: PreTrainedModel, num_rows: int) -> None:
+    """Give a model ``num_rows`` rows of its embedding, and of its output, if it has fewer; new ones are their mean.
+
+    The mean, and no noise around it, so that each load of the model gives the same rows.
+    """
+    import torch
+
+    num_own = model.get_input_embeddings().weight.shape[0]
+    if num_rows <= num_own:
+        return
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model.resize_token_embeddings(num_rows, mean_resizing=False)
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for weight in () if layer is None else layer.parameters():
+                weight[num_own:] = weight[:num_own].float().mean(dim=0).to(weight.dtype)
 
 
 def build_fresh(
@@ -266,6 +290,19 @@ def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Ite
         "generation stops at %s, which training teaches as the end of an answer%s; generation_config.json says so",
         names[0], f", as well as at {names[1]}" if own else "",
     )  # fmt: skip
+
+
+def head_labels(source: Any) -> tuple[str, ...]:
+    """Return the labels, by index, of the classifier's head that a pretrained model brings; empty where it has none.
+
+    Args:
+        source: what the ``model`` section builds.
+    """
+    if not isinstance(source, HFModel):
+        return ()
+    config = source.config()
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    return tuple(config.id2label[index] for index in sorted(config.id2label)) if is_classifier else ()
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -23,6 +23,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from automodel.distributed.ordering import on_every_rank, portable
 from automodel.logs import get_logger
 from automodel.models.adapters import LoRA, Task
+from automodel.models.embeddings import new_token_ids
 from automodel.models.hf import HFModel, build_unfilled, require_complete
 from automodel.types import UserError
 
@@ -134,6 +135,8 @@ def _prepare(
             raise _MustLoadWhole(f"what {type(each).__name__} does with the weights is not known")
     if adapters is not None and adapters.use_dora:
         raise _MustLoadWhole("DoRA begins with the norms of whole weights")
+    if new_token_ids(source, tokenizer):
+        raise _MustLoadWhole("its embeddings get new rows")
     files = _weight_files(source)
     with torch.random.fork_rng(devices=[]), _parameters_on_meta():
         model = build_unfilled(source, tokenizer, label_names=label_names, device="cpu").eval()

@@ -17,7 +17,7 @@ from automodel.data.loader import Loader, TrainLoader
 from automodel.data.prepare import load_sft
 from automodel.data.preparers import SFTPreparer, choose_first
 from automodel.data.sources import JsonlDataset
-from automodel.data.stream import Stream, StreamLoader
+from automodel.data.stream import START, Stream, StreamLoader
 from automodel.data.train_set import build_train_set
 from automodel.distributed.first_rank import node_group
 from automodel.models.char_tokenizer import build_char_tokenizer as build_tokenizer
@@ -206,6 +206,15 @@ def test_a_damaged_row_of_a_stream_ends_every_rank_with_its_line(two_ranks, rows
     path.write_text("\n".join(lines))
     for kind, message in two_ranks.run(fail, path, num_workers):
         assert kind == "UserError" and "rows.jsonl:101: not JSON" in message
+
+
+def test_fields_that_later_rows_of_a_stream_bring_are_told_once(tmp_path, caplog):
+    path = tmp_path / "rows.jsonl"
+    lines = [{"prompt": "q", "completion": "a"} | ({"note": "n"} if number > 5 else {}) for number in range(20)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    list(stream_of(path, buffer_rows=4).steps(START))
+    (told,) = (record.message for record in caplog.records if "fields not used" in record.message)
+    assert "fields not used: note (2 of 4 rows)" in told
 
 
 def test_a_stream_of_nothing_is_told(tmp_path):

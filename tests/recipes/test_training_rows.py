@@ -83,6 +83,20 @@ def test_a_mixture_draws_by_weight(base, shared_data, tmp_path):
     assert_close(curve(tmp_path / "two"), curve(tmp_path / "one"))
 
 
+def test_a_share_to_validate_on_is_the_same_in_every_layout_and_after_a_resume(base, tmp_path):
+    argv = [*base, "dataset.limit=40", "dataset.validation_share=0.2", "step_scheduler.num_epochs=1"]
+    output = run(*argv, f"output_dir={tmp_path}/whole")
+    assert "gsm8k_train.jsonl (validation share): 8 rows" in output and "gsm8k_train.jsonl: 32 rows" in output
+    run(*argv, *FSDP2, "step_scheduler.max_steps=2", f"output_dir={tmp_path}/parts")
+    run(*argv, f"output_dir={tmp_path}/parts")
+    assert len(curve(tmp_path / "whole")) == 4
+    assert_close(curve(tmp_path / "parts"), curve(tmp_path / "whole"))
+    losses = [records(tmp_path / name, "validation")[-1]["loss"] for name in ("parts", "whole")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    told = run(*argv, "dataset.validation_share=0.1", f"output_dir={tmp_path}/parts", status=2)
+    assert "dataset fingerprint" in told
+
+
 def test_rows_that_would_train_wrongly_stop_the_run_unless_told_otherwise(base, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"q{n}", "completion": f"a{n}"}) + "\n" for n in range(8)))

@@ -54,6 +54,20 @@ WRONG = [
     ("distributed=fsdp2 distributed.sequence_parallel=true", "set distributed.tp_size"),
     ("distributed=megatron_fsdp distributed.zero_stage=4", "distributed.zero_stage=4 must be one of 1, 2 or 3"),
     ("distributed=megatron_fsdp distributed.shard_optimizer_over_replicas=true", "set distributed.dp_replicate_size"),
+    ("dataset=jsonl dataset.path=[]", "dataset.path=[] names no file"),
+    ("dataset=jsonl dataset.path=[none.jsonl]", "dataset.path=none.jsonl: there is no such file"),
+    (f"{JSONL} dataset.validation_share=0", "dataset.validation_share=0 must be above 0 and below 1"),
+    (f"{JSONL} dataset.validation_share=5%", "dataset.validation_share=5% must be a number"),
+    (
+        f"{JSONL} dataset.validation_share=0.1 validation_dataset=jsonl validation_dataset.path={{rows}}",
+        "dataset.validation_share=0.1 and a validation_dataset: choose one of them",
+    ),
+    (f"{JSONL} dataset.validation_share=0.1 dataset.streaming=true", "does not go with dataset.streaming=true"),
+    (
+        f"{JSONL} validation_dataset=jsonl validation_dataset.path={{rows}} validation_dataset.validation_share=0.1",
+        "validation_dataset.validation_share: rows of the training set are set aside by dataset.validation_share",
+    ),
+    ("dataset=mixture dataset.sources.a.validation_share=0.1", "dataset.sources.a.validation_share: a mixture has"),
     ("peft=lora", "this model has fresh ones: choose model=hf"),
     ("peft=qlora", "not available in this version"),
     ("peft=lora peft.rank=0", "peft.rank=0 must be more than 0"),
@@ -232,6 +246,35 @@ def test_a_table_says_of_every_key_what_a_resumed_run_does_with_another_value(mo
     assert not missing, f"add to automodel/config/resume_policy.py what a resume does with {sorted(missing)}"
     fixed = {rule for rule in RULES if not rule.endswith(".*")}
     assert fixed - keys == set(), "these rules are for keys that are no more"
+
+
+@pytest.mark.parametrize("split", ["train[:200]", "train[10%:20%]", "train[-5:]", "train", "'train[:200]'"])
+def test_a_slice_needs_no_quotes(rows, split):
+    cfg = load_config([*JSONL.format(rows=rows).split(), f"dataset.split={split}"], env={})
+    assert cfg.dataset["split"] == split.strip("'")
+
+
+def test_a_slice_of_a_source_needs_no_quotes(rows):
+    sources = [f"dataset.sources.a.path={rows}", "dataset.sources.a.split=train[50%:]"]
+    assert load_config(["dataset=mixture", *sources], env={}).dataset["sources"]["a"]["split"] == "train[50%:]"
+
+
+def test_rows_may_be_several_files_with_a_share_to_validate_on(rows):
+    argv = ["dataset=jsonl", f"dataset.path=[{rows},{rows.parent}]", "dataset.validation_share=0.05"]
+    cfg = load_config([*argv, "step_scheduler.val_every_steps=3", "evaluation=generation"], env={})
+    assert cfg.dataset["path"] == [str(rows), str(rows.parent)] and cfg.validation_dataset is None
+
+
+def test_folders_whose_rows_are_elsewhere_are_told_what_to_do(tmp_path):
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    (tmp_path / "data" / "train" / "rows.jsonl").write_text("{}\n")
+    told = problems_of("dataset=jsonl", f"dataset.path={tmp_path}/data")
+    assert f"folders below it have (train); name one of them, or all by a glob: {tmp_path}/data/**/*.jsonl" in told
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    for name in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json"):
+        (saved / name).write_text("{}")
+    assert "a folder of Dataset.save_to_disk" in problems_of("dataset=jsonl", f"dataset.path={saved}")
 
 
 def test_what_suits_the_demo_does_not_leak_into_a_real_run(rows):

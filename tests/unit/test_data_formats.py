@@ -1,10 +1,15 @@
 """The format of a file is recognised from its fields, or asked for."""
 
+import dataclasses
+import json
+
 import pytest
 
 from automodel.data.formats import Messages, PlainText, PromptCompletion, TextLabel, UnknownFormat, choose_format
 from automodel.data.preference import Preference
-from automodel.data.readers import BadRow
+from automodel.data.preparers import PrepareOptions, choose_first
+from automodel.data.readers import BadRow, Row
+from automodel.types import UserError
 
 
 def read(row, *, name="auto", is_classification=False, is_preference=False, **columns):
@@ -73,6 +78,7 @@ def calling(name, arguments):
 
 
 CALLED_BY_TEXT = [{"type": "function", "function": {"name": "f", "arguments": '{"x":1}'}}]
+CALLING = calling("f", "{}")
 CALLED = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
 
 
@@ -122,9 +128,11 @@ def test_text_alone_is_text_to_pretrain_on(extra):
     assert read({"text": "t"} | extra) == PlainText("t")
 
 
-@pytest.mark.parametrize("extra", [{"label": 1}, {"title": "t"}])
-def test_text_with_more_that_may_be_learnt_is_not_guessed(extra):
-    with pytest.raises(UnknownFormat, match=r"fields: text, .* of no known format.*dataset\.columns"):
+@pytest.mark.parametrize(
+    ("extra", "told"), [({"label": 1}, "recipe=llm_seq_cls trains on"), ({"title": "t"}, "of no known format")]
+)
+def test_text_with_more_that_may_be_learnt_is_not_guessed(extra, told):
+    with pytest.raises(UnknownFormat, match=rf"fields: text, .* {told}.*dataset\.columns"):
         read({"text": "t"} | extra)
     assert read({"text": "t"} | extra, name="text") == read({"text": "t"} | extra, text="text") == PlainText("t")
 
@@ -241,7 +249,8 @@ def test_pattern_of_one_reference_may_stand_for_messages():
     ("row", "expected"),
     [
         ({"messages": []}, "must be a list of messages that is not empty"),
-        ({"messages": "hello"}, "must be a list of messages"),
+        ({"messages": "hello"}, 'the field "messages" is text, but not JSON'),
+        ({"messages": '"hello"'}, "must be a list of messages"),
         ({"messages": [USER]}, "no message of the assistant"),
         ({"messages": [USER, "b"]}, "message 2 must be an object"),
         ({"messages": [USER, {"role": "bot", "content": "b"}]}, "message 2 has the role 'bot'"),
@@ -254,7 +263,10 @@ def test_pattern_of_one_reference_may_stand_for_messages():
             {"messages": [USER, ASSISTANT | {"loss_weight": -1}]},
             "message 2: loss_weight=-1 must be a number that is not",
         ),
-        ({"messages": [USER | {"weight": True}, ASSISTANT]}, "message 1: weight=True must be a number"),
+        ({"messages": [USER, ASSISTANT | {"weight": "much"}]}, "message 2: weight='much' must be a number"),
+        ({"messages": [USER, ASSISTANT | {"train": "perhaps"}]}, "message 2: train='perhaps' must be true or false"),
+        ({"messages": [USER, ASSISTANT | {"train": False, "weight": 1}]}, "weight and train differ"),
+        ({"messages": [USER, CALLING | {"function_call": {"name": "f"}}]}, "keep one of them"),
         ({"messages": [USER, ASSISTANT | {"weight": 1, "loss_weight": 0.5}]}, "weight and loss_weight differ"),
         ({"messages": [USER | {"tool_calls": [{"name": "f"}]}, ASSISTANT]}, "tool_calls are the assistant's"),
         ({"messages": [USER, ASSISTANT | {"tool_calls": [{"id": "1"}]}]}, "a tool call must have a name"),
@@ -291,7 +303,7 @@ def test_text_and_label_are_recognised_under_their_names_and_mapped_ones(row, co
     assert read(row, is_classification=True, **columns) == expected
 
 
-@pytest.mark.parametrize("label", [None, True, 0.5, [1], "", "\ud800"])
+@pytest.mark.parametrize("label", [None, 0.5, [1], "", "\ud800"])
 def test_label_must_be_a_whole_number_or_a_name(label):
     with pytest.raises(BadRow, match='the field "label"'):
         read({"text": "t", "label": label}, is_classification=True)
@@ -320,3 +332,117 @@ def test_a_newline_spelt_out_in_a_pattern_is_one():
     row = {"a": "x", "b": "y", "c": "z"}
     chosen = choose_format("auto", {"prompt": r"{a}\n{b}", "completion": "c"}, row=row, is_classification=False)
     assert chosen.read(row).prompt == "x\ny"
+
+
+@pytest.mark.parametrize(
+    ("keys", "weight"),
+    [
+        ({"train": False}, 0.0),
+        ({"train": True}, 1.0),
+        ({"training": "false"}, 0.0),
+        ({"train": 0}, 0.0),
+        ({"train": "No"}, 0.0),
+        ({"weight": "0.25"}, 0.25),
+        ({"weight": False}, 0.0),
+        ({"train": True, "weight": 0.5}, 0.5),
+        ({"train": False, "weight": 0}, 0.0),
+        ({"train": None, "weight": None}, None),
+    ],
+)
+def test_whether_a_message_is_trained_on_is_read_as_flag_number_or_text(keys, weight):
+    assert read({"messages": [USER, ASSISTANT, USER, ASSISTANT | keys | {"weight": keys.get("weight")}]}) == Messages(
+        [USER, ASSISTANT, USER, ASSISTANT], None, None if weight is None else [None, None, None, weight]
+    )
+
+
+@pytest.mark.parametrize("call", [{"name": "f", "arguments": {"x": 1}}, '{"name": "f", "arguments": {"x": 1}}'])
+def test_function_call_and_functions_are_older_names(call):
+    turn = {"role": "assistant", "content": "I look.", "function_call": call}
+    schema = {"name": "f", "parameters": {}}
+    result = {"role": "function", "name": "f", "content": "3"}
+    row = read({"messages": [USER, turn, result, ASSISTANT], "functions": [schema]})
+    assert row.turns[1] == {"role": "assistant", "content": "I look.", "tool_calls": CALLED}
+    assert row.turns[2] == {"role": "tool", "name": "f", "content": "3"}
+    assert row.tools == [{"type": "function", "function": schema}]
+
+
+def test_nulls_of_objects_are_no_arguments_and_no_keys_of_schemas():
+    filled = {"role": "assistant", "content": None, "function_call": {"name": None, "arguments": None}, "from": None}
+    filled["tool_calls"] = [{"id": None, "function": {"name": "f", "arguments": {"x": 1, "y": None, "z": {"a": None}}}}]
+    schema = {"name": "f", "parameters": {"x": {"enum": [None, 1], "type": None}}, "strict": None}
+    row = read({"messages": [USER | {"tool_calls": None}, filled], "tools": [schema]})
+    assert row.turns[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1, "z": {}}
+    assert row.tools[0]["function"] == {"name": "f", "parameters": {"x": {"enum": [None, 1]}}}
+
+
+def test_a_null_in_json_text_is_kept():
+    row = read({"messages": [USER, calling("f", '{"x": null}')], "tools": '[{"name": "f", "x": null}]'})
+    assert row.turns[1]["tool_calls"][0]["function"]["arguments"] == '{"x": null}'
+    assert row.tools[0]["function"] == {"name": "f", "x": None}
+
+
+def test_messages_may_be_json_text():
+    assert read({"messages": json.dumps([USER, ASSISTANT])}) == Messages([USER, ASSISTANT])
+
+
+@pytest.mark.parametrize(
+    ("extra", "prompt"),
+    [
+        ({"system": "Be brief."}, "Be brief.\n\nq"),
+        ({"context": "c"}, "c\n\nq"),
+        ({"input": "c", "system": "s"}, "s\n\nc\n\nq"),
+        ({"context": "q"}, "q"),  # which the prompt holds already
+        ({"context": " ", "system": None}, "q"),
+        ({"context": ["c"]}, "q"),
+    ],
+)
+def test_system_and_context_stand_before_a_prompt(extra, prompt):
+    assert read({"question": "q", "answer": "a"} | extra) == PromptCompletion(prompt, "a", None)
+    assert read({"question": "q", "answer": "a"} | extra, prompt="question", completion="answer").prompt == "q"
+
+
+def test_context_and_response_are_names_of_alpacas_input_and_output():
+    turns = read({"instruction": "do", "context": "data", "response": "done"}).turns
+    assert [turn["content"] for turn in turns] == ["do\n\ndata", "done"]
+
+
+def rest(row, **columns):
+    return choose_format("auto", columns, row=row, is_classification=False).read_with_rest(row)[1]
+
+
+def test_fields_that_nothing_reads_are_named():
+    row = {"question": "q", "answer": "a", "context": ["c"], "id": 3, "history": [], "note": " ", "other": {"a": None}}
+    assert rest(row) == ["context", "id"]
+    assert rest(row, prompt="{context[0]} {question}", completion="answer") == ["id"]
+    assert rest({"messages": [USER, ASSISTANT], "functions": [{"name": "f"}], "images": ["a.png"]}) == ["images"]
+    assert rest({"messages": [USER, ASSISTANT], "tools": [{"name": "f"}], "functions": [{"name": "g"}]}) == [
+        "functions"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "is_classification", "told"),
+    [
+        ({"sentence": "s", "label": 1}, False, "recipe=llm_seq_cls trains on rows of this format"),
+        ({"messages": [USER, ASSISTANT]}, True, "recipe=llm_sft trains on rows of this format"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, True, "no recipe trains on yet"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, False, "no recipe trains on yet"),
+        ({"query": "q", "response": "a"}, False, "dataset.columns.prompt=query dataset.columns.completion=response"),
+        ({"review": "r", "sentiment": "s"}, True, "dataset.columns.text=review dataset.columns.label=sentiment"),
+    ],
+)
+def test_who_takes_the_rows_or_how_to_map_them_is_told(row, is_classification, told):
+    with pytest.raises(UnknownFormat, match=told):
+        read(row, is_classification=is_classification)
+
+
+def test_a_mapped_field_may_be_missing_from_the_first_row(tmp_path):
+    rows = [{"q": "1", "a": "x"}, {"q": "2", "a": "y", "who": "You shout."}]
+    placed = [Row(f"rows:{number}", row) for number, row in enumerate(rows)]
+    columns = {"prompt": "q", "completion": "a", "system": "who"}
+    options = PrepareOptions(limit=None, max_length=10, truncation="right", columns=columns)
+    chosen = choose_first(placed, options, is_classification=False)
+    assert [chosen.read(row).prompt for row in rows] == ["1", "You shout.\n\n2"]
+    wrong = dataclasses.replace(options, columns=columns | {"system": "whom"})
+    with pytest.raises(UserError, match=r'no field "whom" \(dataset\.columns\.system\)'):
+        choose_first(placed, wrong, is_classification=False)

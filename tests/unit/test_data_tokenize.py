@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from automodel.data.prepare import load_classification, load_sft
+from automodel.data.rows import ClassificationRows
 from automodel.data.sources import DemoDataset, JsonlDataset
 from automodel.data.tokenize import UNSEPARATED
 from automodel.models.char_tokenizer import build_char_tokenizer
@@ -162,9 +163,11 @@ def test_demo_rows_carry_their_kind_and_have_no_key_of_a_file():
     assert {prompt.kind for prompt in prepared.prompts} > {"add", "reverse"}
 
 
-def classify(path, tokenizer, label_names=None, model_max_length=None, **options):
+def classify(path, tokenizer, known=None, model_max_length=None, head_labels=(), **options):
     source = JsonlDataset(path=str(path), **options)
-    return load_classification(source, tokenizer, model_max_length=model_max_length, label_names=label_names)
+    return load_classification(
+        source, tokenizer, model_max_length=model_max_length, known=known, head_labels=head_labels
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,8 +184,75 @@ def test_label_names_are_sorted_and_numbered_from_zero(tmp_path, labels, names):
 def test_unknown_label_of_the_validation_set_is_an_error_with_its_line(tmp_path):
     path = write(tmp_path / "rows.jsonl", {"text": "t", "label": "a"}, {"text": "t", "label": "c"})
     with pytest.raises(UserError, match=r"rows\.jsonl:2: label 'c' does not occur in the training set.*: a, b"):
-        classify(path, build_char_tokenizer(), label_names=["a", "b"])
-    assert classify(path, build_char_tokenizer(), label_names=["c", "b", "a"]).examples["labels"][:] == [2, 0]
+        classify(path, build_char_tokenizer(), known=known(["a", "b"]))
+    with pytest.raises(UserError, match="on_bad_row=skip leaves such rows out"):
+        classify(path, build_char_tokenizer(), known=known(["a", "b"]))
+    assert len(classify(path, build_char_tokenizer(), known=known(["a", "b"]), on_bad_row="skip").examples) == 1
+    assert classify(path, build_char_tokenizer(), known=known(["c", "b", "a"])).examples["labels"][:] == [2, 0]
+
+
+def known(labels):
+    return ClassificationRows("train", [], tuple(labels), tuple(labels), "", None, None)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ([False, True, False], ("false", "true")),
+        ([0.0, 2.0, 1.0], ("0", "1", "2")),
+        ([10.0, 9, "1.0"], ("1.0", "9", "10")),
+    ],
+)
+def test_booleans_and_whole_numbers_are_classes(tmp_path, labels, names):
+    path = write(tmp_path / "rows.jsonl", *({"text": "t", "label": label} for label in labels))
+    prepared = classify(path, build_char_tokenizer())
+    spelt = [str(int(label)) if isinstance(label, float) else str(label).lower() for label in labels]
+    assert prepared.label_names == names
+    assert prepared.examples["labels"][:] == [names.index(label) for label in spelt]
+
+
+@pytest.mark.parametrize(
+    ("label", "told"),
+    [
+        (["a"], "is a list of labels; .*multi-label"),
+        (0.5, "is 0.5: a score is not a class"),
+        (None, "is empty: the row has no label"),
+        (float("nan"), "is empty: the row has no label"),
+        ({"a": 1}, "must be a whole number, true or false, or a name"),
+    ],
+)
+def test_what_is_no_class_is_told_by_row(tmp_path, label, told):
+    path = write(tmp_path / "rows.jsonl", {"text": "t", "label": 1}, {"text": "t", "label": label})
+    with pytest.raises(UserError, match=rf'rows\.jsonl:2: the field "label" {told}'):
+        classify(path, build_char_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("labels", "head", "names", "numbers"),
+    [
+        (["no", "yes", "maybe"], ["yes", "no", "maybe"], ["yes", "no", "maybe"], [1, 0, 2]),
+        (["No", "maybe"], ["yes", "no", "maybe"], ["yes", "no", "maybe"], [1, 2]),  # the head keeps all it knows
+        ([2, 0], ["yes", "no", "maybe"], ["yes", "no", "maybe"], [2, 0]),
+        ([2, 0], ["LABEL_0", "LABEL_1", "LABEL_2"], ["0", "1", "2"], [2, 0]),
+        (["b", "a"], ["yes", "no"], ["a", "b"], [1, 0]),
+        ([1, 2], ["yes", "no"], ["1", "2"], [0, 1]),
+    ],
+)
+def test_a_trained_head_keeps_the_order_of_its_labels(tmp_path, caplog, labels, head, names, numbers):
+    path = write(tmp_path / "rows.jsonl", *({"text": "t", "label": label} for label in labels))
+    prepared = classify(path, build_char_tokenizer(), head_labels=head)
+    assert (list(prepared.label_names), prepared.examples["labels"][:]) == (names, numbers)
+    is_told = "the labels are not those of the checkpoint's head (yes, no), which is trained on with" in caplog.text
+    assert is_told == (head == ["yes", "no"])
+    val = classify(path, build_char_tokenizer(), known=prepared)
+    assert val.examples["labels"][:] == numbers
+
+
+def test_minus_one_is_a_class_with_a_warning(tmp_path, caplog):
+    for labels, is_told in (([-1, 1], False), ([-1, 0, 1], True)):
+        path = write(tmp_path / "rows.jsonl", *({"text": "t", "label": label} for label in labels))
+        classify(path, build_char_tokenizer())
+        assert ("-1 is trained as a class" in caplog.text) == is_told
 
 
 def test_one_label_alone_is_an_error(tmp_path):
@@ -219,7 +289,7 @@ def test_real_rows_are_classified_with_the_labels_of_the_training_set(shared_dat
     if num_labels is None:
         assert all(":" in label for label in train.label_names)
         return
-    val = classify(folder / f"{name}_val.jsonl", stories_tokenizer, label_names=train.label_names)
+    val = classify(folder / f"{name}_val.jsonl", stories_tokenizer, known=train)
     rows = [json.loads(line) for line in (folder / f"{name}_val.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(train.label_names) == num_labels
     assert [train.label_names[label] for label in val.examples["labels"]] == [str(row["label"]) for row in rows]

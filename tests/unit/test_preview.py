@@ -85,9 +85,60 @@ def test_rows_that_teach_nothing_are_a_problem_above_a_small_share(tmp_path):
     many = load(write(tmp_path / "many.jsonl", [*ROWS, lost, lost]), max_length=40)
     assert data_problems(fine) == []
     ((problem, is_sure),) = data_problems(many)
-    assert "2 of 22 rows (9%) have no supervised token left within dataset.max_length" in problem and not is_sure
+    assert "2 of 22 rows (9%) are not trained on: 2 have no supervised token left within" in problem and not is_sure
     assert data_problems(load(write(tmp_path / "all.jsonl", [ROWS[0], *[lost] * 9]), max_length=40))[0].is_sure
     assert data_problems(load(str(tmp_path / "many.jsonl"), max_length=40, truncation="drop")) == []
+
+
+def test_rows_that_are_lost_are_a_problem_whatever_the_reason(tmp_path):
+    lost = [{"prompt": "q", "completion": "x" * 60}] * 12 + [{"prompt": "no answer"}] * 8
+    rows = load(write(tmp_path / "rows.jsonl", ROWS + lost), max_length=40, truncation="drop", on_bad_row="skip")
+    ((problem, is_sure),) = data_problems(rows)
+    assert "20 of 40 rows (50%) are not trained on: 12 are longer than dataset.max_length; raise it" in problem
+    assert "8 are damaged and skipped; dataset.on_bad_row=stop names them" in problem and not is_sure
+    most = load(write(tmp_path / "most.jsonl", ROWS[:2] + lost), max_length=40, truncation="drop", on_bad_row="skip")
+    assert data_problems(most)[0].is_sure
+
+
+def test_images_that_nobody_sees_are_a_problem(tmp_path):
+    rows = [*ROWS, ROWS[0] | {"images": ["a.png"], "image_id": 3}]
+    ((problem, is_sure),) = data_problems(load(write(tmp_path / "rows.jsonl", rows)))
+    assert "rows hold images (1 of 21 rows), which no recipe reads" in problem and not is_sure
+
+
+def test_fields_that_nothing_reads_are_told_with_their_counts(tmp_path, caplog):
+    path = write(tmp_path / "rows.jsonl", [*ROWS, ROWS[0] | {"note": "n", "id": 1}, ROWS[1] | {"id": 2}])
+    for num_proc in (2, 1):  # prepared by several processes, and then taken from the cache
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            load(path, num_proc=num_proc)
+        (told,) = (record for record in caplog.records if "fields not used" in record.message)
+        assert "fields not used: id (2 of 22 rows), note (1); dataset.columns" in told.message
+        assert told.levelname == "WARNING"
+    with caplog.at_level("INFO"):
+        load(write(tmp_path / "calm.jsonl", [ROWS[0] | {"id": 1, "source": "s"}]))
+    assert caplog.records[-1].levelname == "INFO"
+    assert "fields not used: id (1 of 1 rows), source (1)" in caplog.text
+
+
+def test_keys_of_messages_that_the_template_does_not_read_are_told(tmp_path, caplog):
+    turns = [{"role": "user", "name": "bob", "content": "u"}, {"role": "assistant", "content": "a", "mood": "good"}]
+    path = write(tmp_path / "rows.jsonl", [{"messages": turns}])
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}:{{ m['name'] }}:{{ m.content }}<|im_end|>\n{% endfor %}")
+    load(path)
+    assert "fields not used: messages.mood (1 of 1 rows), messages.name (1)" in caplog.text
+    caplog.clear()
+    load(path, chat_template=str(template))
+    assert "fields not used: messages.mood (1 of 1 rows);" in caplog.text
+
+
+def test_checks_may_warn_instead_of_failing(tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", [ROWS[0] | {"images": ["a.png"]}])
+    rows = ["dataset=jsonl", f"dataset.path={path}"]
+    assert ended(rows, capsys)[0] == 2
+    status, told = ended([*rows, "data_checks=warn"], capsys)
+    assert status == 0 and "rows hold images (1 of 1 rows)" in told
 
 
 def test_rows_that_never_end_are_a_problem(tmp_path):
