@@ -60,7 +60,7 @@ class Arguments:
             "--config": self.file, "--config-path": self.config_path,
             "--config-name": self.config_name, "--config-dir": self.config_dir,
         }  # fmt: skip
-        return [f"{flag}={value}" for flag, value in named.items() if value is not None]
+        return [word for flag, value in named.items() if value is not None for word in (flag, value)]
 
 
 def read_arguments(argv: list[str], *, is_key: Callable[[str], bool] = lambda name: False) -> Arguments:

@@ -190,8 +190,9 @@ def _unknown_key(key: str, base: dict[str, Any], source: Source, *, value: str) 
         options = options_with(top, [rest]) or source.groups[top]
         return [f"{key}: nothing is chosen for {top}; add {top}={'|'.join(options)}"]
     section = base.get(top)
-    if isinstance(section, dict) and "_target_" in section and rest:
-        first = rest.split(".")[0]
+    first = rest.split(".")[0]
+    is_elsewhere = bool(rest) and (bool(options_with(top, [first])) or find_foreign(first) is not None)
+    if is_elsewhere and isinstance(section, dict) and "_target_" in section:
         told = [line for line in check_target(top, section | {first: value}) if line.startswith(f"{top}.{first} ")]
         if told and first not in section:
             return told

@@ -109,7 +109,7 @@ DOUBTFUL = [
     ("gradient_accumulation_steps=4", "rows per optimizer step: local_batch_size x ranks x accumulation steps"),
     ("load_in_4bit=true", "load_in_4bit is not a known key; there is no such thing here: weights are never quantized"),
     ("packing=true", "write packing.enabled=true"),
-    ("val_set_size=0.1", "write validation_dataset=jsonl validation_dataset.path=..."),
+    ("val_set_size=0.1", "write dataset.validation_share=0.1"),
     ("model.torch_dtype=bfloat16", "write model.dtype=bfloat16"),
     ("packed_sequence.packed_sequence_size=2048", "write packing.enabled=true packing.max_length=2048"),
     ("--config-dir nope experiment=x max_step=4", "did you mean step_scheduler.max_steps?"),
