@@ -413,7 +413,8 @@ def test_what_suits_the_demo_alone_stays_with_it():
     assert "tuned_peft" not in config_groups()
 
 
-def test_help_shows_the_values_that_fit_adapters():
+def test_help_shows_the_values_that_fit_adapters(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")  # a narrow screen would break the lines
     lines = help_text().splitlines()
     for file in CONFIG_ROOT.glob("tuned_peft/lora-*.yaml"):
         tuned = yaml.load(file.read_text(), Loader=yaml.BaseLoader)

@@ -42,7 +42,8 @@ def test_keys_and_defaults_are_those_of_the_shipped_section(option, source):
         elif field.name == "columns":
             assert not any(section["columns"].values())
         else:
-            assert field.default == section[field.name]
+            made = field.default_factory
+            assert (field.default if made is dataclasses.MISSING else made()) == section[field.name]
 
 
 @pytest.fixture

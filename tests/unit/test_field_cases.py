@@ -23,7 +23,8 @@ from tests.conftest import SHARED_DATA
 
 CASES = SHARED_DATA / "cases"
 TEMPLATES = SHARED_DATA / "templates"
-MODELS = ("llama", "llama_addtok", "llama_nli", "qwen2", "qwen2_moe", "qwen_base_eos")
+MODELS = ("falcon", "llama", "llama_addtok", "llama_nli", "qwen2", "qwen2_moe", "qwen_base_eos")
+LONG = "falcon"  # takes 2,048 tokens, the others 256
 QWEN3 = f"dataset.chat_template={TEMPLATES}/trl_qwen3.jinja"
 CLASSIFY = "recipe=llm_seq_cls"
 
@@ -55,7 +56,7 @@ TABLE = [
     Case("added-tokens", "embedding resized", 0, [r"«house.*<\|newa\|>"],
          ["model.resize_embeddings=true"], model="llama_addtok"),
     Case("alpaca-history", "told", 2, [r'rows\.jsonl:1: the field "history" is not supported']),
-    Case("argument-text-kept", "values as given", 0, [r'"price": (1e3|1000\.0)'], [QWEN3]),
+    Case("argument-text-kept", "values as given", 0, [r'"price": (1e3|1000\.0)'], [QWEN3], model=LONG),
     Case("config-exp", "told by name", 2, [r"ROWS_DIR"],
          [f"--config-dir={CASES}/config-exp", "experiment=sci", "dataset=jsonl"], rows=""),
     Case("config-exp", "quoted numbers and yes/no told or read", 2, [r"num_epochs=1\.0|max_steps|optimizer\.lr"],
@@ -65,14 +66,14 @@ TABLE = [
     Case("first-row-lacks", "later fields read", 0, [r"You shout\.", r"loud"]),
     Case("functions-column", "read as tools", 0, [r'"name": "get_weather", "parameters"'], [QWEN3],
          hides="fields not used"),
-    Case("generation-block-of-eos", "eos with the last answer", 0, [r"«bird.*<\|im_end\|>\s*<\|endoftext\|>»"],
+    Case("generation-block-of-eos", "eos with the last answer", 0, [r"«bird.*<\|im_end\|>»\s*«<\|endoftext\|>»"],
          [own("generation-block-of-eos")]),
     Case("image-column", "told", 2, [r"fields not used: images \(12 of 12", r"rows hold images \(12 of 12 rows\)"]),
     Case("input-output", "told how to map", 2, [r"dataset\.columns\.prompt=input dataset\.columns\.completion=output"]),
     Case("input-output", "mapped", 0, [r"q 0\n?«?\n?a 0"],
          ["dataset.columns.prompt=input", "dataset.columns.completion=output"], hides="fields not used"),
     Case("list-of-list", "told by row", 2, [r"rows\.jsonl:1: message 1 must be an object"]),
-    Case("long-thought", "prepared in time (none asserted)", 2, [r"raise dataset\.max_length"]),
+    Case("long-thought", "prepared in time (none asserted)", 2, [r"the model's limit cuts every row"]),
     Case("moe-lora", "rows are read (the adapters are told by a run)", 0, [r"«house bird"], ["peft=lora"],
          model="qwen2_moe"),
     Case("name-field", "read; the unused name told", 0, [r"«yes<", r"fields not used: messages\.name \(12 of 12"]),
@@ -84,10 +85,11 @@ TABLE = [
       for name in ("assistant_first", "empty_system", "only_spaces_user", "same_role", "user_last")),
     Case("old-function-call", "trained as a call", 0,
          [r'«I look it up\.\s*<tool_call>\s*\{"name": "get_weather", "arguments": \{"city": "town 0"\}\}'], [QWEN3],
-         hides="fields not used"),
-    Case("parquet-filled-nulls", "same tokens as Parquet", 0, [r'"stock": "S0", "days": 0'], [QWEN3]),
+         model=LONG, hides="fields not used"),
+    Case("parquet-filled-nulls", "same tokens as Parquet", 0, [r'"stock": "S0", "days": 0'], [QWEN3],
+         model=LONG),
     Case("parquet-filled-nulls", "same tokens as JSON Lines", 0, [r'"stock": "S0", "days": 0'], [QWEN3],
-         rows="rows.parquet", hides="null"),
+         rows="rows.parquet", model=LONG, hides=": null"),
     Case("query-response", "told how to map", 2,
          [r"dataset\.columns\.prompt=query dataset\.columns\.completion=response"]),
     Case("query-response", "mapped; history told", 0, [r"a 0", r"fields not used: history \(12 of 12 rows\)"],
@@ -115,7 +117,7 @@ TABLE = [
     Case("tied-lm-head-lora", "rows are read (the adapter is refused by a run)", 0, [r"«house bird"], model="qwen2"),
     Case("tool-name-repeated", "trained", 0, [r"«call get_weather", r"«It is 21 degrees\."],
          [own("tool-name-repeated")]),
-    Case("tool-role-list", "read", 0, [r"«21<"], [QWEN3]),
+    Case("tool-role-list", "read", 0, [r"(?s)«<tool_call>.*\n21<\|im_end\|>»"], [QWEN3]),
     Case("tools-forms", "all read", 0, [r"damaged, skipped\s+│ 0 ", r"get_weather"], [QWEN3]),
     Case("train-false", "obeyed", 0, [r"\nno<\|im_end\|>", r"«yes<\|im_end\|>»"]),
 ]  # fmt: skip
