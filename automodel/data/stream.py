@@ -84,7 +84,8 @@ class Stream:
                 "do not fill one global batch"
             )
         if previous is not None:
-            yield previous._replace(is_last=True)
+            end = {**START, "epoch": self.num_epochs}  # whether or not the last batch ends where the rows do
+            yield previous._replace(state=end, is_last=True)
 
     def _steps(self, state: State) -> Iterator[Step]:
         while state["epoch"] < self.num_epochs:
@@ -237,6 +238,12 @@ class StreamLoader:
         try:
             items, *rest = next(steps)
         except UserError as error:
+            return [error] * len(self._dp_ranks)
+        except StopIteration:
+            error = UserError(
+                f"{self.stream.source.display_name}: the rows end before the place where training "
+                "continues, and did not at the checkpoint; put them back, or begin a new run with another output_dir"
+            )
             return [error] * len(self._dp_ranks)
         shares = shares_of(items, self.local_batch_size, dp_size=self.dp_size)
         return [(shares[dp_rank], *rest) for dp_rank in self._dp_ranks]

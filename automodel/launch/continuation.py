@@ -32,8 +32,8 @@ def continuation(argv: list[str], output_dir: Path, *, env: Mapping[str, str] = 
 
 def note_continuation(text: str, checkpoints: Path) -> None:
     """Leave ``text`` for our launcher, which has the last word, even where this process is killed."""
-    if LAUNCHER_PID in os.environ:
-        (Path(os.environ[STATUS_DIR]) / _NOTE).write_text(f"{checkpoints.absolute()}\n{text}")
+    if folder := os.environ.get(STATUS_DIR):
+        (Path(folder) / _NOTE).write_text(f"{checkpoints.absolute()}\n{text}")
 
 
 def noted_continuation(folder: Path) -> str | None:

@@ -77,7 +77,8 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_changes(whole,
     shutil.copytree(whole, again, symlinks=True)
     before = {p.name: p.read_bytes() for p in again.iterdir() if p.is_file()}
     argv = [
-        *FAST, "step_scheduler.max_steps=9", "step_scheduler.num_epochs=4", "model=scratch", f"model.tokenizer_name_or_path={whole}/model",
+        *FAST, "step_scheduler.max_steps=9", "step_scheduler.num_epochs=4", "model=scratch",
+        f"model.tokenizer_name_or_path={whole}/model",
         "model.config.hidden_size=64", "model.config.intermediate_size=64", "model.config.num_hidden_layers=1",
         "model.config.max_position_embeddings=256", "step_scheduler.global_batch_size=32", "validation_dataset=demo",
     ]  # fmt: skip

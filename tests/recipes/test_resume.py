@@ -36,6 +36,7 @@ def small_scratch(stories: Path) -> list[str]:
 DROPOUT = {
     "of attention, two workers": (["dataloader.num_workers=2"], "model.safetensors"),
     "of adapters, a stream": (["peft=lora", "peft.dropout=0.3", "peft.rank=4", "dataset.streaming=true",
+                               "step_scheduler.global_batch_size=8",
                                "dataloader.num_workers=1"],
                               "adapter_model.safetensors"),
 }  # fmt: skip
@@ -157,9 +158,10 @@ def test_by_default_checkpoints_are_saved_on_the_way_by_the_clock_of_one_rank(tm
     assert saved == ["step_00000001", "step_00000002", "step_00000003"]
 
 
-def test_a_stream_that_came_to_its_end_is_finished(stories, tmp_path):
+@pytest.mark.parametrize("num_rows", [12, 16], ids=["short last batch", "full last batch"])
+def test_a_stream_that_came_to_its_end_is_finished(stories, tmp_path, num_rows):
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "Once", "completion": "upon a time"}\n' * 12)
+    rows.write_text('{"prompt": "Once", "completion": "upon a time"}\n' * num_rows)
     argv = ["model=hf", f"model.pretrained_model_name_or_path={stories}", "dataset=jsonl", f"dataset.path={rows}",
             "dataset.streaming=true", "step_scheduler.max_steps=9", f"output_dir={tmp_path}/run"]  # fmt: skip
     assert "the rows end before step_scheduler.max_steps=9" in run(*argv)

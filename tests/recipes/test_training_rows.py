@@ -94,7 +94,7 @@ def test_a_share_to_validate_on_is_the_same_in_every_layout_and_after_a_resume(b
     losses = [records(tmp_path / name, "validation")[-1]["loss"] for name in ("parts", "whole")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     told = run(*argv, "dataset.validation_share=0.1", f"output_dir={tmp_path}/parts", status=2)
-    assert "dataset fingerprint" in told
+    assert "dataset.validation_share is 0.1, but the checkpoint" in told
 
 
 def test_rows_that_would_train_wrongly_stop_the_run_unless_told_otherwise(base, tmp_path):
