@@ -10,7 +10,7 @@ number of rows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from random import Random
 from typing import NamedTuple
 
@@ -42,7 +42,12 @@ class Task(NamedTuple):
 
 
 def generate_demo_rows(split: str, *, num_rows: int | None = None, seed: int = 0) -> list[dict[str, str]]:
-    """Generate the rows of a split, each with a ``prompt``, a ``completion`` and a ``kind``.
+    """Return what ``iter_demo_rows`` yields."""
+    return list(iter_demo_rows(split, num_rows=num_rows, seed=seed))
+
+
+def iter_demo_rows(split: str, *, num_rows: int | None = None, seed: int = 0) -> Iterator[dict[str, str]]:
+    """Yield the rows of a split, each with a ``prompt``, a ``completion`` and a ``kind``.
 
     The prompt ends with a newline, so prompt + completion is the whole text. Kinds take
     turns, so every prefix is balanced; a shorter list is a prefix of a longer one of the
@@ -60,13 +65,11 @@ def generate_demo_rows(split: str, *, num_rows: int | None = None, seed: int = 0
     # A string seeds Random through SHA-512, never through the salted hash().
     rng = Random(f"automodel-demo/{split}/{seed}")
     seen: set[str] = set()
-    rows = []
     for index in range(count):
         kind = DEMO_KINDS[index % len(DEMO_KINDS)]
         task = draw_unseen_task(kind, rng, split=split, seen=seen)
         seen.add(task.question)
-        rows.append({"prompt": task.question + "\n", "completion": task.answer, "kind": kind})
-    return rows
+        yield {"prompt": task.question + "\n", "completion": task.answer, "kind": kind}
 
 
 def draw_unseen_task(kind: str, rng: Random, *, split: str, seen: set[str]) -> Task:

@@ -43,9 +43,9 @@ class DemoDataset:
         return f"demo {self.split}"
 
     def rows(self, *, is_classification: bool) -> Iterable[ReadRow]:
-        from automodel.data.demo import generate_demo_rows
+        from automodel.data.demo import iter_demo_rows
 
-        for number, row in enumerate(generate_demo_rows(self.split), start=1):
+        for number, row in enumerate(iter_demo_rows(self.split), start=1):
             fields = {"text": row["prompt"], "label": row["kind"]} if is_classification else row
             yield Row(f"{self.display_name}:{number}", fields)
 
