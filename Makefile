@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest tests --ignore=tests/gpu -n 2 --dist loadfile --no-loadscope-reorder
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run preview check-parity verify-resume export test test-gpu lint wheel bench clean
+.PHONY: help run preview check-parity verify-resume export test test-all test-gpu lint wheel bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -27,7 +28,10 @@ export: $(VENV)/run ## write a Hugging Face directory from a checkpoint; ARGS="C
 
 # Two files at a time, in their order: what tests fork from has not run a backward then, and the short ones come last.
 test: $(VENV)/test ## run the tests that need no GPU; ARGS="-k name" chooses some, ARGS="-n 0 -s" shows their output
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests --ignore=tests/gpu -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/test ## run those marked slow as well
+	$(PYTEST) $(ARGS)
 
 test-gpu: ## run the tests that need a CUDA device, with the interpreter PYTHON and what it has installed
 	$(PYTHON) -m pytest tests/gpu $(ARGS)

@@ -38,7 +38,8 @@ def runs(shared_data: Path, stories: Path, tmp_path_factory) -> dict[str, Path]:
             f"dataset.path={shared_data}/sft/gsm8k_train.jsonl", "dataset.max_length=96", "optimizer.lr=1e-2",
             "validation_dataset=jsonl", f"validation_dataset.path={shared_data}/sft/gsm8k_test.jsonl",
             "validation_dataset.limit=5", "validation_dataset.max_length=96", "step_scheduler.max_steps=4",
-            "evaluation=generation", "evaluation.max_new_tokens=4", f"output_dir={out[name]}", *layout,
+            "evaluation=generation", "evaluation.max_new_tokens=4", "step_scheduler.global_batch_size=8",
+            "step_scheduler.local_batch_size=4", f"output_dir={out[name]}", *layout,
         )  # fmt: skip
     return out
 

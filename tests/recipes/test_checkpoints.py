@@ -27,6 +27,7 @@ def verify(*argv: str, status: int, **env: str) -> str:
     return output
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # starts two ranks four times
 def test_a_run_that_loses_a_worker_and_is_killed_in_a_save_comes_to_the_same_end(tmp_path):
     # With this seed, one worker is killed, and then all processes while they write a checkpoint. Every step is saved:

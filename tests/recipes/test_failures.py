@@ -33,7 +33,9 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", CASES)
+@pytest.mark.parametrize(
+    "fault", [case if case == "Killed" else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_the_job_ends_and_names_the_rank(tmp_path, fault):
     folder = tmp_path / "run"
     output = command_line(

@@ -45,6 +45,7 @@ def test_a_resumed_run_equals_the_one_never_stopped(whole, tmp_path):
     assert sorted(p.name for p in (again / "checkpoints").glob("step_*")) == ["step_00000006", "step_00000008"]
 
 
+@pytest.mark.slow
 def test_three_ranks_of_ddp_go_on_to_the_last_bit_too(tmp_path):
     # Of more than two ranks the order of a sum counts, and DDP orders its buckets by its first backward.
     argv = [*FAST, "step_scheduler.global_batch_size=24", "launch.nproc_per_node=3", "step_scheduler.max_steps=4",
@@ -114,7 +115,11 @@ def test_resume_never_refuses_a_folder_that_holds_a_run(whole):
     assert "already holds a run and checkpoint.resume=never" in output
 
 
-@pytest.mark.parametrize("layout", [[], ["launch.nproc_per_node=2", "distributed=fsdp2"]], ids=["one", "fsdp2 on 2"])
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param([], id="one", marks=pytest.mark.slow),
+     pytest.param(["launch.nproc_per_node=2", "distributed=fsdp2"], id="fsdp2 on 2")],
+)  # fmt: skip
 def test_a_signal_saves_and_ends_with_75_and_the_run_goes_on(tmp_path, layout):
     folder = tmp_path / "run"
     argv = [*FAST, f"{LOSSES}Slow", f"output_dir={folder}", *layout]
@@ -134,7 +139,9 @@ def test_a_signal_saves_and_ends_with_75_and_the_run_goes_on(tmp_path, layout):
     assert [record["step"] for record in records(folder)] == list(range(1, stopped_at + 3))
 
 
-@pytest.mark.parametrize("max_steps", [3, 2], ids=["on the way", "at the end"])
+@pytest.mark.parametrize(
+    "max_steps", [pytest.param(3, id="on the way"), pytest.param(2, id="at the end", marks=pytest.mark.slow)]
+)
 def test_a_signal_in_an_evaluation_cuts_it_short_and_the_next_start_makes_up_for_it(tmp_path, max_steps):
     argv = [*FAST, f"{LOSSES}AskedToStopInEvaluation", "launch.nproc_per_node=2", "step_scheduler.local_batch_size=2",
             "step_scheduler.val_every_steps=2", f"step_scheduler.max_steps={max_steps}",
@@ -152,6 +159,7 @@ def test_a_signal_in_an_evaluation_cuts_it_short_and_the_next_start_makes_up_for
         assert [(record["step"], record["loss"]) for record in after] == [(r["step"], r["loss"]) for r in before]
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused(tmp_path):
     folder = tmp_path / "run"
     argv = [*FAST, f"{LOSSES}Slow", "step_scheduler.max_steps=200", f"output_dir={folder}"]
@@ -175,6 +183,7 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_stays(small_disk):
     assert "resumed from" in output and "at step 1" in output
 
 
+@pytest.mark.slow
 def test_workers_die_with_their_launcher(tmp_path):
     folder = tmp_path / "run"
     process = start(
@@ -323,6 +332,7 @@ def test_wandb_is_kept_offline_and_a_broken_logger_stops_nothing(tmp_path):
     assert len(records(tmp_path / "broken")) == 2
 
 
+@pytest.mark.slow
 def test_under_torchrun_the_job_is_joined(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "automodel.run",

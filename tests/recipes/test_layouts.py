@@ -20,7 +20,7 @@ LAYOUTS = {
 def base(shared_data: Path, stories: Path) -> list[str]:
     return [
         "model=hf", f"model.pretrained_model_name_or_path={stories}", "dataset=jsonl",
-        f"dataset.path={shared_data}/sft/gsm8k_train.jsonl", "dataset.limit=200", "dataset.max_length=256",
+        f"dataset.path={shared_data}/sft/gsm8k_train.jsonl", "dataset.limit=200", "dataset.max_length=96",
     ]  # fmt: skip
 
 
@@ -150,6 +150,7 @@ def test_every_option_of_a_strategy_trains(runs, base, tmp_path, name):
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 def test_the_model_of_a_run_in_bf16_is_trained_in_float32_and_written_in_bf16(base, stories, tmp_path, layout):
     import torch

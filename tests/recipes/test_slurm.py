@@ -149,6 +149,7 @@ def until(is_so: Callable[[], bool], shown: Callable[[], str]) -> None:
     pytest.fail(shown())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("template", "num_ranks"), [("srun", 4), ("torchrun", 2)])
 def test_a_signalled_job_of_two_nodes_saves_and_is_requeued(signalled, template, num_ranks):
     job = signalled[template]
@@ -169,6 +170,7 @@ def test_bad_input_is_not_submitted(cluster, tmp_path):
     assert not (tmp_path / "two").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["srun", "torchrun"])
 def test_a_requeued_job_goes_on_in_its_folder(cluster, signalled, whole, template):
     job = signalled[template]
@@ -202,6 +204,7 @@ def test_a_job_whose_node_goes_down_goes_on_from_its_newest_checkpoint(cluster, 
     expect_same(job, whole, is_exact=False)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_job_which_is_not_requeued(cluster, tmp_path):
     run_dir = tmp_path / "run"
     job = Job(submit(cluster, run_dir, *JOB, SLOW, "step_scheduler.max_steps=99"), run_dir)
@@ -226,6 +229,7 @@ def process_of(job: Job, *, rank: int) -> int:
     pytest.fail(f"there is no process of rank {rank}")
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_is_not_requeued(cluster, tmp_path):
     job = submit(cluster, tmp_path / "run", *JOB, "launch.nodes=1", SLOW)
     wait_for_steps(tmp_path / "run", 1)
