@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
+import warnings
 from pathlib import Path
 
 from rich.console import Console
@@ -76,8 +78,17 @@ def add_log_file(path: Path) -> None:
     logging.getLogger(_ROOT).addHandler(handler)
 
 
+_CHATTER = (
+    "`is_gradient_checkpointing` is deprecated",  # peft asks transformers by the old name
+    "Input and output embeddings are no longer tied after merging",  # as the merged config.json says too
+)
+"""How warnings of libraries begin that no user can act on."""
+
+
 def _quieten_libraries() -> None:
-    """Keep the chatter of libraries off the screen; their warnings stay."""
+    """Keep the chatter of libraries off the screen; their warnings stay, but for those that ask for nothing."""
+    for beginning in _CHATTER:
+        warnings.filterwarnings("ignore", message=re.escape(beginning))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in ("transformers", "datasets", "httpx", "filelock", "torch.distributed"):

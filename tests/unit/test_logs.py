@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from automodel.logs import add_log_file, get_logger, setup_logging, warn_for_all
 from automodel.screen import progress
 
@@ -32,3 +34,15 @@ def test_the_log_file_holds_plain_lines(tmp_path, capsys):
         get_logger("automodel.x").info("step 1")
     (line,) = (tmp_path / "train.log").read_text().splitlines()
     assert line.endswith("INFO step 1") and "\x1b" not in line
+
+
+def test_warnings_of_libraries_that_ask_for_nothing_are_silent():
+    from automodel.models.adapters import LoRA
+    from tests.dist.tiny import tiny_llama
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        setup_logging(0)
+        LoRA(rank=2, alpha=4).apply(tiny_llama(), task="CAUSAL_LM")
+        warnings.warn("this one stays", stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["this one stays"]
