@@ -39,7 +39,8 @@ def runs(shared_data: Path, stories: Path, tmp_path_factory) -> dict[str, Path]:
             "validation_dataset=jsonl", f"validation_dataset.path={shared_data}/sft/gsm8k_test.jsonl",
             "validation_dataset.limit=5", "validation_dataset.max_length=96", "step_scheduler.max_steps=4",
             "evaluation=generation", "evaluation.max_new_tokens=4", "step_scheduler.global_batch_size=8",
-            "step_scheduler.local_batch_size=4", f"output_dir={out[name]}", *layout,
+            "step_scheduler.local_batch_size=4", "step_scheduler.val_every_steps=null",
+            f"output_dir={out[name]}", *layout,
         )  # fmt: skip
     return out
 
@@ -95,7 +96,8 @@ def test_a_run_with_adapters_goes_on_in_another_layout(runs, shared_data, storie
     output = run(
         "model=hf", f"model.pretrained_model_name_or_path={stories}", "peft=lora", "peft.rank=4", "dataset=jsonl",
         f"dataset.path={shared_data}/sft/gsm8k_train.jsonl", "dataset.max_length=96", "optimizer.lr=1e-2",
-        "step_scheduler.max_steps=5", f"output_dir={runs['tensor parallel']}", *LAYOUTS["fsdp2"],
+        "step_scheduler.max_steps=5", "step_scheduler.global_batch_size=8",
+        f"output_dir={runs['tensor parallel']}", *LAYOUTS["fsdp2"],
     )  # fmt: skip
     assert "resumed from" in output
     assert [record["step"] for record in records(runs["tensor parallel"])] == [1, 2, 3, 4, 5]

@@ -21,6 +21,7 @@ def base(shared_data: Path, stories: Path) -> list[str]:
     return [
         "model=hf", f"model.pretrained_model_name_or_path={stories}", "dataset=jsonl",
         f"dataset.path={shared_data}/sft/gsm8k_train.jsonl", "dataset.limit=200", "dataset.max_length=96",
+        "dataset.truncation=left",
     ]  # fmt: skip
 
 

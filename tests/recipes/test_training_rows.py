@@ -17,7 +17,7 @@ def base(shared_data: Path, stories: Path) -> list[str]:
     return [
         "model=hf", f"model.pretrained_model_name_or_path={stories}", "dataset=jsonl",
         f"dataset.path={shared_data}/sft/gsm8k_train.jsonl", "dataset.limit=120", "dataset.max_length=96",
-        "step_scheduler.num_epochs=2",
+        "dataset.truncation=left", "step_scheduler.num_epochs=2",
         "evaluation=loss", "lr_scheduler=constant", "export.enabled=false",
     ]  # fmt: skip
 
