@@ -27,10 +27,10 @@ export: $(VENV)/run ## write a Hugging Face directory from a checkpoint; ARGS="C
 	$(PY) -m automodel.export $(ARGS)
 
 # Two files at a time, in their order: what tests fork from has not run a backward then, and the short ones come last.
-test: $(VENV)/test ## run the tests that need no GPU; ARGS="-k name" chooses some, ARGS="-n 0 -s" shows their output
+test: $(VENV)/test ## run the CPU tests without the slow ones; ARGS="-k name" chooses some, ARGS="-n 0 -s" shows their output
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: $(VENV)/test ## run those marked slow as well
+test-all: $(VENV)/test ## run all CPU tests, as CI does
 	$(PYTEST) $(ARGS)
 
 test-gpu: ## run the tests that need a CUDA device, with the interpreter PYTHON and what it has installed

@@ -81,12 +81,13 @@ def add_log_file(path: Path) -> None:
 _CHATTER = (
     "`is_gradient_checkpointing` is deprecated",  # peft asks transformers by the old name
     "Input and output embeddings are no longer tied after merging",  # as the merged config.json says too
+    "torch.distributed is disabled, unavailable or uninitialized",  # one process saves without collectives
 )
-"""How warnings of libraries begin that no user can act on."""
+"""The first words of library warnings that a user can do nothing about."""
 
 
 def _quieten_libraries() -> None:
-    """Keep the chatter of libraries off the screen; their warnings stay, but for those that ask for nothing."""
+    """Hide library output, and the warnings in ``_CHATTER``; all other warnings are shown."""
     for beginning in _CHATTER:
         warnings.filterwarnings("ignore", message=re.escape(beginning))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning")

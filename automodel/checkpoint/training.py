@@ -142,9 +142,8 @@ class Checkpointer:
             return staged
         self._host_copy = HostCopy()  # whose memory is better given back
         rank, reason = next((rank, each) for rank, each in enumerate(reasons) if each)
-        warn_for_all(
-            log, "rank %d has no host memory for a copy (%s): training waits for this checkpoint", rank, reason
-        )
+        text = "rank %d has no host memory for a copy (%s): training waits for this checkpoint"
+        warn_for_all(log, text, rank, reason)
         return None
 
     def finish(self, *, must_be_saved: bool = False) -> None:
@@ -178,7 +177,8 @@ class Checkpointer:
     def _write_now(self, app: dict[str, Any], final: Path, progress: dict[str, Any], waited_sec: float) -> None:
         started, write = time.monotonic(), self._write
         try:
-            dcp.save(app, checkpoint_id=_partial(final), process_group=self._group)
+            is_alone = dist.get_world_size() == 1  # collectives give gloo's threads OpenMP pools, which slow training
+            dcp.save(app, checkpoint_id=_partial(final), process_group=self._group, no_dist=is_alone)
             run_on_main(lambda: _write_progress(_partial(final), progress), group=self._group)
             seal(_partial(final), group=self._group)
             run_on_main(lambda: self._publish(final, progress["step"]), group=self._group)

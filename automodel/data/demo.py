@@ -42,7 +42,7 @@ class Task(NamedTuple):
 
 
 def generate_demo_rows(split: str, *, num_rows: int | None = None, seed: int = 0) -> list[dict[str, str]]:
-    """Return what ``iter_demo_rows`` yields."""
+    """Return the rows of ``iter_demo_rows`` as a list; the arguments and errors are the same."""
     return list(iter_demo_rows(split, num_rows=num_rows, seed=seed))
 
 

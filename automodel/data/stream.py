@@ -241,8 +241,8 @@ class StreamLoader:
             return [error] * len(self._dp_ranks)
         except StopIteration:
             error = UserError(
-                f"{self.stream.source.display_name}: the rows end before the place where training "
-                "continues, and did not at the checkpoint; put them back, or begin a new run with another output_dir"
+                f"{self.stream.source.display_name}: the rows end before the point where training resumes, so some "
+                "were removed since the checkpoint was saved; restore them, or begin a new run with another output_dir"
             )
             return [error] * len(self._dp_ranks)
         shares = shares_of(items, self.local_batch_size, dp_size=self.dp_size)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from automodel.losses.cross_entropy import CrossEntropy
 from automodel.optim.optimizers import adamw, parameter_groups
 from automodel.train.step import StepConfig, train_step
 from automodel.types import UserError
+from tests.dist.pool import run_fresh
 from tests.dist.tiny import parallel_model, tiny_llama, uneven_rows
 
 
@@ -59,6 +63,26 @@ def requests_heard(strategy: str) -> tuple[int, int, int]:
 def test_ranks_that_share_their_rows_hear_of_each_others_requests_too(two_ranks):
     ((_, _, num_label_tokens), _) = two_ranks.run(requests_heard, "ddp")
     assert two_ranks.run(requests_heard, "tp2") == [(1, 1, num_label_tokens)] * 2
+
+
+def threads_after_saves(folder: str) -> list[int]:
+    """Return how many threads this process has after a step, and after each of two saves."""
+    torch.distributed.init_process_group("gloo")
+    torch.set_num_threads(2)  # more than one, so that OpenMP has a pool for each thread that computes
+    run = Training("ddp")
+    run.step()
+    checkpointer = Checkpointer(Path(folder), retention=Retention())
+    counts = [len(os.listdir("/proc/self/task"))]
+    for number in (1, 2):
+        checkpointer.save(run.state, progress={"step": number}, rng={})
+        counts.append(len(os.listdir("/proc/self/task")))
+    return counts
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in Linux's /proc")
+def test_a_save_of_one_process_leaves_no_threads_that_compete_with_the_training(tmp_path):
+    ((before, *after),) = run_fresh(partial(threads_after_saves, str(tmp_path)), 1)
+    assert after == [before, before]
 
 
 def save_both_ways(strategy: str, folder: str, is_partly_frozen: bool) -> None:
