@@ -15,11 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from automodel.config import Config
-from automodel.config.command_line import compose_command_line
-from automodel.types import ExitStatus, UserError
-from automodel.verbs.child_run import ChildRun
-from automodel.verbs.command_line import (
+from automodel.cli.child_run import ChildRun
+from automodel.cli.command_line import (
     OwnKey,
     VerbFailed,
     key_of,
@@ -29,6 +26,9 @@ from automodel.verbs.command_line import (
     run_verb,
     whole_number,
 )
+from automodel.config import Config
+from automodel.config.command_line import compose_command_line
+from automodel.types import ExitStatus, UserError
 
 USAGE = """python -m automodel.check_parity [FILE.yaml] [key=value of a run ...] [parity.num_steps=3] ...
 

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from automodel.cli.command_line import OwnKey, VerbFailed, one_of, read_own_keys, run_verb
 from automodel.config.targets import check_target, foreign_code
 from automodel.types import ExitStatus, UserError
-from automodel.verbs.command_line import OwnKey, VerbFailed, one_of, read_own_keys, run_verb
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from automodel.checkpoint.reader import WeightReader
+    from automodel.checkpoint.weight_reader import WeightReader
 
 USAGE = """python -m automodel.export CHECKPOINT OUT [export.dtype=bfloat16] [export.merge=true] ...
 
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _work(argv: list[str]) -> ExitStatus:
     options = read_command_line(argv)
     run = read_run(options)
-    from automodel.checkpoint.verification import ExportError
+    from automodel.hf_export.verification import ExportError
     from automodel.logs import setup_logging
 
     setup_logging(0)
@@ -201,10 +201,10 @@ def export(options: Options, run: Run) -> None:
         UserError: the checkpoint's weights are not those of the model.
         ExportError: what was written does not load to the checkpoint's weights.
     """
-    from automodel.checkpoint.export import kept_if_unverified, publish, write_unverified
-    from automodel.checkpoint.reader import WeightReader
+    from automodel.checkpoint.weight_reader import WeightReader
+    from automodel.hf_export.write import kept_if_unverified, publish, write_unverified
     from automodel.logs import get_logger
-    from automodel.recipes.assembly import build
+    from automodel.runner.job import build
 
     if options.dtype is None and run.peft is None and run.model.get("dtype") in ("float32", "bfloat16"):
         options = replace(options, dtype=run.model["dtype"])  # in which the run writes model/ as well
@@ -266,7 +266,7 @@ class _Trained:
         return self.adapters.apply(base, task=task, new_token_ids=new_token_ids(self.source, self.tokenizer))
 
     def require_fit(self, shapes: dict[str, tuple[int, ...]], options: Options, *, ignored: set[str]) -> None:
-        from automodel.checkpoint.reader import mismatches
+        from automodel.checkpoint.weight_reader import mismatches
 
         problems = mismatches(self.reader, shapes, ignored=ignored)
         if problems:
@@ -283,8 +283,8 @@ class _Trained:
 def _write_whole(folder: Path, trained: _Trained, *, options: Options) -> Check:
     import torch
 
-    from automodel.checkpoint.verification import digests_of, probe, verify
-    from automodel.checkpoint.weight_files import write_weight_files
+    from automodel.hf_export.verification import digests_of, probe, verify
+    from automodel.hf_export.weight_files import write_weight_files
 
     model = trained.unfilled("meta")
     aliases = set(model.all_tied_weights_keys)
@@ -313,7 +313,7 @@ def _write_whole(folder: Path, trained: _Trained, *, options: Options) -> Check:
 
 
 def _write_adapter(folder: Path, trained: _Trained, *, options: Options) -> Check:
-    from automodel.checkpoint.verification import digests_of, probe, verify
+    from automodel.hf_export.verification import digests_of, probe, verify
 
     model = trained.adapted(trained.unfilled("meta"))
     weights = _adapter_weights(model, trained, options=options)
@@ -333,7 +333,7 @@ def _write_adapter(folder: Path, trained: _Trained, *, options: Options) -> Chec
 def _write_merged(folder: Path, trained: _Trained, *, options: Options) -> Check:
     import torch
 
-    from automodel.checkpoint.verification import digests_of, probe, verify
+    from automodel.hf_export.verification import digests_of, probe, verify
 
     model = trained.adapted(trained.load_base())
     _put(_adapter_weights(model, trained, options=replace(options, dtype=None)), model)

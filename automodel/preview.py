@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from automodel.cli.command_line import load_one_config, read_own_keys, run_verb, whole_number
 from automodel.logs import get_logger
 from automodel.types import IGNORE_INDEX, ExitStatus, UserError
-from automodel.verbs.command_line import load_one_config, read_own_keys, run_verb, whole_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from automodel.config import Config
-    from automodel.data.rows import ClassificationRows, SFTRows
-    from automodel.recipes.training_data import SFTData
+    from automodel.data.prepare.prepared import ClassificationRows, SFTRows
+    from automodel.runner.training_data import SFTData
 
 log = get_logger(__name__)
 
@@ -66,14 +66,14 @@ def preview(cfg: Config, *, num_rows: int, console: Console | None = None) -> li
     """
     from rich.console import Console
 
-    from automodel.recipes.assembly import build
+    from automodel.runner.job import build
 
     console = console or Console(highlight=False, soft_wrap=True)
     model = build(cfg.model)
     tokenizer = model.load_tokenizer()
     if cfg.recipe.name == "llm_seq_cls":
         return _preview_classification(cfg, model, tokenizer, num_rows, console)
-    from automodel.recipes.training_data import load_sft_data
+    from automodel.runner.training_data import load_sft_data
 
     data = load_sft_data(cfg, model, tokenizer)
     for rows in data.sources.values():
@@ -133,7 +133,7 @@ def _table(data: SFTData) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from automodel.data.checks import num_duplicates, shared_rows
+    from automodel.data.prepare.checks import num_duplicates, shared_rows
 
     columns = [*data.sources.values(), *([data.validation] if data.validation is not None else [])]
     table = Table("", *(escape(Path(rows.name).name) for rows in columns))

@@ -35,10 +35,10 @@ from automodel.secrets import masked_text
 from automodel.types import ExitStatus, RunError, UserError
 
 if TYPE_CHECKING:
-    from automodel.distributed.dist_info import DistInfo
-    from automodel.distributed.watchdog import Failure, Watchdog
+    from automodel.distributed.runtime.dist_info import DistInfo
+    from automodel.distributed.runtime.watchdog import Failure, Watchdog
     from automodel.launch.submission import ClusterLaunch
-    from automodel.loggers.rundir import RunDir
+    from automodel.runs.run_folder import RunDir
 
 log = get_logger("automodel.run")  # not __name__, which is __main__ under python -m
 
@@ -83,9 +83,9 @@ def run_recipe(cfg: Config, argv: list[str]) -> ExitStatus:
     show_phase(f"{cfg.recipe.name}: loading torch")
     # The stacks in C++ of a peer that lost a connection would bury the words of the rank that failed.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from automodel.distributed.dist_info import destroy_global_state, initialize_distributed
-    from automodel.distributed.flight_recorder import record_collectives
-    from automodel.distributed.watchdog import start_watchdog
+    from automodel.distributed.runtime.dist_info import destroy_global_state, initialize_distributed
+    from automodel.distributed.runtime.flight_recorder import record_collectives
+    from automodel.distributed.runtime.watchdog import start_watchdog
     from automodel.train.rng import make_deterministic
     from automodel.train.signals import serve_one_run
 
@@ -115,7 +115,7 @@ def run_recipe(cfg: Config, argv: list[str]) -> ExitStatus:
             note_continuation(continuation(argv, run_dir.path), run_dir.checkpoints_dir)
         if watchdog is not None:
             watchdog.record_folder = run_dir.flight_recorder_dir
-        from automodel.recipes.assembly import Job  # brings in transformers, so only once the lock is ours
+        from automodel.runner.job import Job  # brings in transformers, so only once the lock is ours
 
         _recipe_function(cfg)(Job(cfg, info, run_dir, run_id))
         status, ended = ExitStatus.DONE, {"status": "done"}
@@ -136,9 +136,9 @@ def run_recipe(cfg: Config, argv: list[str]) -> ExitStatus:
 
 def _open_run_dir(cfg: Config, info: DistInfo) -> tuple[RunDir, str]:
     """Lock the run directory on rank 0, and tell every rank its path and the run id."""
-    from automodel.distributed.ordering import run_on_main
-    from automodel.loggers.run_lock import WAIT_SEC
-    from automodel.loggers.rundir import RunDir
+    from automodel.distributed.runtime.agreement import run_on_main
+    from automodel.runs.run_folder import RunDir
+    from automodel.runs.run_lock import WAIT_SEC
 
     opened: list[RunDir] = []
 
@@ -187,7 +187,7 @@ def _resolve(path: str) -> Any:
 
 
 def _how_it_failed(error: BaseException, watchdog: Watchdog | None) -> tuple[ExitStatus, dict[str, Any]]:
-    from automodel.distributed.dist_info import get_rank_safe
+    from automodel.distributed.runtime.dist_info import get_rank_safe
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, on account of a peer: it has its way soon
     from automodel.train.loop import RunStopped
@@ -226,7 +226,7 @@ def _is_echo(error: BaseException) -> bool:
     """Return whether ``error`` only says that a peer has failed or gone."""
     import torch.distributed as dist
 
-    from automodel.distributed.ordering import PeerError
+    from automodel.distributed.runtime.agreement import PeerError
 
     gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
     return isinstance(error, (dist.DistError, PeerError)) or any(words in str(error) for words in gone)

@@ -18,11 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from automodel.config import Config
-from automodel.config.command_line import compose_command_line
-from automodel.types import ExitStatus, UserError
-from automodel.verbs.child_run import ChildRun
-from automodel.verbs.command_line import (
+from automodel.cli.child_run import ChildRun
+from automodel.cli.command_line import (
     VerbFailed,
     load_one_config,
     read_own_keys,
@@ -30,6 +27,9 @@ from automodel.verbs.command_line import (
     run_verb,
     whole_number,
 )
+from automodel.config import Config
+from automodel.config.command_line import compose_command_line
+from automodel.types import ExitStatus, UserError
 
 USAGE = """python -m automodel.verify_resume [FILE.yaml] [key=value of a run ...] [verify.kills=3] [verify.seed=0]
 

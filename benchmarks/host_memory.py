@@ -30,8 +30,8 @@ import yaml
 from automodel import export as export_verb
 from automodel.checkpoint.retention import Retention
 from automodel.checkpoint.training import Checkpointer, TrainState
-from automodel.distributed.ddp import DDP
-from automodel.distributed.fsdp2 import FSDP2
+from automodel.distributed.parallel.ddp import DDP
+from automodel.distributed.parallel.fsdp2 import FSDP2
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.models.hf import HFModel
 from automodel.models.sharded_loading import unfilled_model

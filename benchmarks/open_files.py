@@ -97,10 +97,10 @@ def _stages(
     from automodel.checkpoint.retention import Retention
     from automodel.checkpoint.training import Checkpointer
     from automodel.distributed import FirstRankPerNode, initialize_distributed
-    from automodel.distributed.ddp import DDP
-    from automodel.distributed.fsdp2 import FSDP2
-    from automodel.distributed.mesh import data_parallel
-    from automodel.distributed.watchdog import start_watchdog
+    from automodel.distributed.parallel.ddp import DDP
+    from automodel.distributed.parallel.fsdp2 import FSDP2
+    from automodel.distributed.parallel.strategy import data_parallel
+    from automodel.distributed.runtime.watchdog import start_watchdog
 
     kept: dict[str, object] = {}
     strategy = DDP() if strategy_name == "ddp" else FSDP2(**options)

@@ -58,9 +58,9 @@ def _copies(rows: Path, folder: Path) -> Path:
 def _ours(model_folder: str, path: Path, max_length: int, num_proc: int, folder: Path) -> tuple[float, int, float]:
     from transformers import AutoTokenizer
 
-    from automodel.data.prepare import load_sft
+    from automodel.data.batches.train_set import build_train_set
+    from automodel.data.prepare.load import load_sft
     from automodel.data.sources import JsonlDataset
-    from automodel.data.train_set import build_train_set
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     source = JsonlDataset(path=str(path), max_length=max_length, num_proc=num_proc)

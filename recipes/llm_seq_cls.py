@@ -7,26 +7,26 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from automodel.config import Config
-from automodel.data.checks import Problem, row_problems, settle, shared_problems
-from automodel.data.collate import ClassificationCollator
-from automodel.data.loader import ValidationBatches
-from automodel.data.prepare import load_classification
-from automodel.data.rows import ClassificationRows
-from automodel.data.share import split_off
-from automodel.distributed.first_rank import FirstRankPerNode
-from automodel.distributed.watchdog import mark
+from automodel.data.batches.collate import ClassificationCollator
+from automodel.data.batches.loader import ValidationBatches
+from automodel.data.prepare.checks import Problem, row_problems, settle, shared_problems
+from automodel.data.prepare.load import load_classification
+from automodel.data.prepare.prepared import ClassificationRows
+from automodel.data.validation_share import split_off
+from automodel.distributed.runtime.first_rank import FirstRankPerNode
+from automodel.distributed.runtime.watchdog import set_phase
 from automodel.eval.validation import Validation, measure_classification, summarize_classification, validate
 from automodel.models.embeddings import require_embeddings
 from automodel.models.hf import head_labels, pad_token_id
-from automodel.recipes.assembly import Job, build, build_loop, train_and_export
-from automodel.recipes.summary import log_where_and_next
+from automodel.runner.job import Job, build, build_loop, train_and_export
+from automodel.runner.summary import log_where_and_next
 from automodel.train.loop import Evaluator
 
 
 def run(job: Job) -> None:
     """Train, validate and export as ``job.cfg`` says; every rank must call it."""
     cfg, info = job.cfg, job.dist_info
-    mark("loading the rows")
+    set_phase("loading the rows")
     source = build(cfg.model)
     tokenizer = job.load_tokenizer(source)
     with FirstRankPerNode():

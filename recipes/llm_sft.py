@@ -9,22 +9,22 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from automodel.data.collate import CausalLMCollator, PackedCollator
-from automodel.data.loader import ValidationBatches
-from automodel.data.train_set import TrainSet
-from automodel.distributed.mesh import dp_eval_sample_shard
-from automodel.distributed.ordering import StopPoll, everywhere
-from automodel.distributed.watchdog import mark
-from automodel.distributed.wrappers import unwrap
+from automodel.data.batches.collate import CausalLMCollator, PackedCollator
+from automodel.data.batches.loader import ValidationBatches
+from automodel.data.batches.train_set import TrainSet
+from automodel.distributed.parallel.handle import unwrap
+from automodel.distributed.parallel.strategy import dp_eval_sample_shard
+from automodel.distributed.runtime.agreement import StopPoll, run_on_all_ranks
+from automodel.distributed.runtime.watchdog import set_phase
 from automodel.eval.generation import GenerationEvaluation, GenerationScores
 from automodel.eval.validation import Validation, measure_loss, validate
 from automodel.logs import get_logger
 from automodel.losses.cross_entropy import forward_logits
 from automodel.models.hf import pad_token_id, stop_at
 from automodel.models.isolation import require_isolation
-from automodel.recipes.assembly import Job, build, build_loop, train_and_export
-from automodel.recipes.summary import as_text, log_where_and_next
-from automodel.recipes.training_data import SFTData, prepare_sft_data
+from automodel.runner.job import Job, build, build_loop, train_and_export
+from automodel.runner.summary import as_text, log_where_and_next
+from automodel.runner.training_data import SFTData, prepare_sft_data
 from automodel.train.loop import Evaluator
 from automodel.types import UserError
 
@@ -41,7 +41,7 @@ _NEXT_AFTER_DEMO = (
 def run(job: Job) -> None:
     """Train, validate and export as ``job.cfg`` says; every rank must call it."""
     cfg = job.cfg
-    mark("loading the rows")
+    set_phase("loading the rows")
     source = build(cfg.model)
     tokenizer = job.load_tokenizer(source)
     data = prepare_sft_data(job, source, tokenizer)
@@ -75,12 +75,12 @@ def run(job: Job) -> None:
 
 def _packed_collator(job: Job, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> PackedCollator:
     """Return the collator of packs, once it is shown that this model keeps their documents apart."""
-    mark("checking that packed documents do not see each other")
+    set_phase("checking that packed documents do not see each other")
     attention = unwrap(model).config._attn_implementation
     collate = PackedCollator(pad_token_id(tokenizer), job.strategy.length_multiple, attention)
     if attention == "flex_attention" and job.dist_info.device.type == "cpu":
         raise UserError("model.attn_implementation=flex_attention has no backward on a CPU; choose sdpa")
-    everywhere(
+    run_on_all_ranks(
         lambda: require_isolation(
             model,
             collate=collate,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from automodel.distributed.ordering import everywhere, on_every_rank, run_on_main
+from automodel.distributed.runtime.agreement import on_every_rank, run_on_all_ranks, run_on_main
 
 MANIFEST = "manifest.json"
 _BLOCK = 1 << 22
@@ -37,7 +37,7 @@ def seal(folder: Path, *, group: dist.ProcessGroup | None = None) -> None:
             sync(folder / name)
         return {name: _size_and_checksum(folder / name) for name in own}
 
-    gathered = on_every_rank(everywhere(sum_up, group=group), group=group)
+    gathered = on_every_rank(run_on_all_ranks(sum_up, group=group), group=group)
 
     def write() -> None:
         entries = {name: entry for each in gathered for name, entry in each.items()}

@@ -26,10 +26,10 @@ from automodel.checkpoint.retention import Retention, delete
 from automodel.checkpoint.room import free_room
 from automodel.checkpoint.staging import HostCopy, num_bytes, share_of
 from automodel.checkpoint.unpickling import PlainPlanner, PlainReader, hidden_code, plain
-from automodel.distributed.megatron_fsdp import describe_uneven_shards
-from automodel.distributed.ordering import everywhere, on_every_rank, run_on_main
-from automodel.distributed.side_group import _create_gloo_group
-from automodel.distributed.wrappers import is_megatron_fsdp, unwrap
+from automodel.distributed.parallel.handle import is_megatron_fsdp, unwrap
+from automodel.distributed.parallel.megatron_fsdp import describe_uneven_shards
+from automodel.distributed.runtime.agreement import on_every_rank, run_on_all_ranks, run_on_main
+from automodel.distributed.runtime.side_group import _create_gloo_group
 from automodel.logs import get_logger, warn_for_all
 from automodel.types import RunError, UserError
 
@@ -110,7 +110,7 @@ class Checkpointer:
         size = num_bytes(app)
         self._look_for_metric(progress.get("metrics", {}))
         try:
-            app = everywhere(lambda: plain(app))
+            app = run_on_all_ranks(lambda: plain(app))
             run_on_main(lambda: self._make_room(_partial(final), size))
         except Exception as error:
             self._fail(final, error)

@@ -8,11 +8,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from automodel.data.formats import FormatName
-from automodel.data.preparers import OnBadRow, PrepareOptions, ReadRow
-from automodel.data.readers import Position, Row, count_rows, local_files, read_files
-from automodel.data.split import parse_split
-from automodel.data.tokenize import Supervise, Truncation
+from automodel.data.files.readers import count_rows, local_files, read_files
+from automodel.data.files.split import parse_split
+from automodel.data.formats.choose import FormatName
+from automodel.data.prepare.preparers import OnBadRow, PrepareOptions, ReadRow
+from automodel.data.prepare.tokenize import Supervise, Truncation
+from automodel.data.rows import Position, Row
 from automodel.types import UserError
 
 

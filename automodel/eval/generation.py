@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from automodel.data.stops import NO_STOPS, Stops
+from automodel.data.chat.stops import NO_STOPS, Stops
 
 if TYPE_CHECKING:
     import torch
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from automodel.data.rows import Prompt
-    from automodel.distributed.ordering import StopPoll
+    from automodel.data.prepare.prepared import Prompt
+    from automodel.distributed.runtime.agreement import StopPoll
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class GenerationEvaluation:
         """
         import torch.distributed as dist
 
-        from automodel.distributed.ordering import CutShort, everywhere
+        from automodel.distributed.runtime.agreement import CutShort, run_on_all_ranks
 
         rank, size = dist.get_rank(dp_group), dist.get_world_size(dp_group)
         is_alone = sample_shard is not None
@@ -87,7 +87,7 @@ class GenerationEvaluation:
             with autocast():
                 return self._answer(model, tokenizer, prompts, poll=poll, **place)
 
-        answers = everywhere(answer) if is_alone else answer()
+        answers = run_on_all_ranks(answer) if is_alone else answer()
         gathered: list[Any] = [None] * size
         dist.all_gather_object(gathered, answers, group=dp_group)
         if None in gathered:
@@ -106,7 +106,7 @@ class GenerationEvaluation:
         poll: StopPoll | None,
     ) -> list[tuple[int, str]] | None:
         """Return (index, answer) for this rank's share of the prompts; None if it was cut short, alone."""
-        from automodel.distributed.wrappers import is_megatron_fsdp, unwrap
+        from automodel.distributed.parallel.handle import is_megatron_fsdp, unwrap
         from automodel.screen import progress
 
         rank, size = share

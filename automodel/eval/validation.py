@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from automodel.distributed.ordering import StopPoll
-from automodel.distributed.reduce import sum_on_host
+from automodel.distributed.parallel.reduce import sum_on_host
+from automodel.distributed.runtime.agreement import StopPoll
 from automodel.losses.cross_entropy import CrossEntropy
 from automodel.screen import progress
 from automodel.types import IGNORE_INDEX

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from automodel.loggers.rundir import RunDir
 from automodel.logs import get_logger
+from automodel.runs.run_folder import RunDir
 from automodel.secrets import masked_text
 
 log = get_logger(__name__)

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from automodel.loggers.rundir import RunDir
+from automodel.runs.run_folder import RunDir
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from automodel.loggers.rundir import RunDir, write_whole
 from automodel.logs import get_logger
+from automodel.runs.run_folder import RunDir, write_whole
 from automodel.secrets import masked_text
 
 log = get_logger(__name__)

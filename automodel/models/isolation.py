@@ -37,7 +37,7 @@ def require_isolation(
     ``position_ids``, and linear attention, state spaces and convolutions that run on over a border.
 
     Every rank must call it, with the model as it will train (sharded, adapted, compiled). All ranks take the same
-    tokens, so all come to the same result; ``everywhere`` makes sure of it. Nothing of the model changes.
+    tokens, so all come to the same result; ``run_on_all_ranks`` makes sure of it. Nothing of the model changes.
 
     Args:
         collate: the collator of the training batches.
@@ -51,7 +51,7 @@ def require_isolation(
     """
     import torch
 
-    from automodel.distributed.wrappers import reshard
+    from automodel.distributed.parallel.handle import reshard
 
     first, second = _documents(vocab_size)
     was_training = model.training

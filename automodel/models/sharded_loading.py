@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from automodel.distributed.ordering import on_every_rank, portable
+from automodel.distributed.runtime.agreement import on_every_rank, picklable_error
 from automodel.logs import get_logger
 from automodel.models.adapters import LoRA, Task
 from automodel.models.embeddings import new_token_ids
@@ -118,7 +118,7 @@ def unfilled_model(
         reason = str(error)
     except Exception as error:  # loading the whole may know how, or says in its own words what is wrong
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    reasons, failures = zip(*on_every_rank((reason, portable(failure))), strict=True)
+    reasons, failures = zip(*on_every_rank((reason, picklable_error(failure))), strict=True)
     for failure in filter(None, failures):
         raise failure
     for reason in filter(None, reasons):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from automodel.distributed.wrappers import unwrap
+from automodel.distributed.parallel.handle import unwrap
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

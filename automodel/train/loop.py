@@ -11,10 +11,10 @@ from typing import Any, Literal, NoReturn
 import torch
 
 from automodel.checkpoint.training import Checkpointer, TrainState
-from automodel.data.loader import Loader
-from automodel.distributed.ordering import CutShort, StopPoll, collective_timeout, set_collective_timeout
-from automodel.distributed.reduce import read
-from automodel.distributed.watchdog import mark
+from automodel.data.batches.loader import Loader
+from automodel.distributed.runtime.agreement import CutShort, StopPoll, collective_timeout, set_collective_timeout
+from automodel.distributed.runtime.waits import to_host
+from automodel.distributed.runtime.watchdog import set_phase
 from automodel.loggers.fanout import MetricSink
 from automodel.logs import get_logger, warn_for_all
 from automodel.screen import progress
@@ -27,8 +27,8 @@ from automodel.train.step import (
     LossFn,
     StepConfig,
     StepResult,
-    settle_gradient_buckets,
     train_step,
+    warm_up_buckets,
 )
 from automodel.train.step_scheduler import StepScheduler
 from automodel.types import RunError
@@ -135,7 +135,7 @@ class TrainLoop:
             self._save_clock.restart()
             batches = self._batches()
             while not self.steps.is_last_step:
-                mark("training", step=self.steps.step + 1)
+                set_phase("training", step=self.steps.step + 1)
                 with self.meter.training():
                     result, lr = self._train_step(next(batches), stop)
                 if self.loader.is_exhausted and not self.steps.is_last_step:
@@ -152,7 +152,7 @@ class TrainLoop:
     def _batches(self) -> Iterator[list[Batch]]:
         for number, micro_batches in enumerate(self.loader):
             if number == 0:
-                settle_gradient_buckets(
+                warm_up_buckets(
                     self.model,
                     micro_batches[0],
                     loss_fn=self.loss_fn,
@@ -166,7 +166,7 @@ class TrainLoop:
 
         Where a rank is asked to stop meanwhile, nothing is logged and the evaluation stays due.
         """
-        mark("evaluating", step=self.steps.step)
+        set_phase("evaluating", step=self.steps.step)
         self.is_evaluation_due = True
         rng = rng_state()
         try:
@@ -213,7 +213,7 @@ class TrainLoop:
         self._unread = None
         if not result.is_bad.read():
             return
-        what = f"step {step}: loss sum {read(result.loss_sum)}, gradient norm {read(result.grad_norm)}"
+        what = f"step {step}: loss sum {to_host(result.loss_sum)}, gradient norm {to_host(result.grad_norm)}"
         if self.on_non_finite == "skip":
             warn_for_all(log, "%s; not finite, so no weight was changed (on_non_finite=skip)", what)
             return
@@ -227,14 +227,14 @@ class TrainLoop:
         )
 
     def _log(self, result: StepResult, lr: float) -> None:
-        loss = read(result.loss_sum) / max(1, result.num_label_tokens)
+        loss = to_host(result.loss_sum) / max(1, result.num_label_tokens)
         self._last_loss = loss
         record = {
             "kind": "train",
             "step": self.steps.step,
             "epoch": self.loader.epoch,
             "loss": loss,
-            "grad_norm": read(result.grad_norm),
+            "grad_norm": to_host(result.grad_norm),
             "lr": lr,
             "num_label_tokens": result.num_label_tokens,
             "num_tokens": result.num_tokens,
@@ -278,7 +278,7 @@ class TrainLoop:
         return self._save_clock.is_due(save_sec=self.checkpointer.last_save_sec)
 
     def _save(self) -> None:
-        mark("saving", step=self.steps.step)
+        set_phase("saving", step=self.steps.step)
         self._save_clock.restart()
         place = {"step": self.steps.step, "loader": self.loader.state_dict(), "metrics_size": self.metrics_size()}
         measured_at, metrics = self._scores

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from automodel.distributed.reduce import wait_for_event
+from automodel.distributed.runtime.waits import wait_for_event
 from automodel.train.flops import TrainingFlops, peak_flops_per_sec
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from automodel.distributed.gradients import (
+from automodel.distributed.parallel.gradients import (
     clip_coefficient,
     mean_scale,
     num_ranks_averaged,
@@ -19,9 +19,10 @@ from automodel.distributed.gradients import (
     total_grad_norm,
     zero_gradients,
 )
-from automodel.distributed.reduce import read, sum_losses, wait_for, wait_for_event
-from automodel.distributed.sync import get_sync_ctx
-from automodel.distributed.wrappers import find_wrapper
+from automodel.distributed.parallel.handle import find_wrapper
+from automodel.distributed.parallel.reduce import sum_losses
+from automodel.distributed.parallel.sync import get_sync_ctx
+from automodel.distributed.runtime.waits import to_host, wait_for, wait_for_event
 from automodel.train.rng import rng_state, set_rng_state
 from automodel.types import IGNORE_INDEX
 
@@ -61,7 +62,7 @@ class DeferredFlag:
         """Wait until the flag is there, and return it."""
         if self._event is not None:
             wait_for_event(self._event)
-        return bool(read(self._value))
+        return bool(to_host(self._value))
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def train_step(
     return StepResult(loss_sum, grad_norm, DeferredFlag(is_bad), num_label_tokens, *others)
 
 
-def settle_gradient_buckets(
+def warm_up_buckets(
     model: nn.Module, batch: Batch, *, loss_fn: LossFn, optimizer: torch.optim.Optimizer, config: StepConfig
 ) -> None:
     """Have DDP order its buckets before the first step; every rank must call it, with any micro-batch of its own.
@@ -192,5 +193,5 @@ def _step_unless(optimizer: torch.optim.Optimizer, is_bad: torch.Tensor) -> None
         optimizer.found_inf = is_bad
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf
-    elif not read(is_bad):
+    elif not to_host(is_bad):
         optimizer.step()

@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from automodel.data.collate import CausalLMCollator, ClassificationCollator, PackedCollator
-from automodel.data.loader import TrainLoader
+from automodel.data.batches.collate import CausalLMCollator, ClassificationCollator, PackedCollator
+from automodel.data.batches.loader import TrainLoader
 from automodel.distributed import clip_gradients, rescale_gradients
-from automodel.distributed.ddp import DDP
-from automodel.distributed.fsdp2 import FSDP2
-from automodel.distributed.mesh import data_parallel
+from automodel.distributed.parallel.ddp import DDP
+from automodel.distributed.parallel.fsdp2 import FSDP2
+from automodel.distributed.parallel.strategy import data_parallel
 from automodel.eval.validation import Validation, measure_classification, measure_loss, validate
 from automodel.losses.cross_entropy import CrossEntropy
 from automodel.optim.optimizers import adamw, parameter_groups

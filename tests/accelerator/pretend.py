@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from automodel.distributed.watchdog import _is_waiting
+from automodel.distributed.runtime.watchdog import _is_waiting
 
 NAME = "pretend"
 ROOT = Path(__file__).parents[2]
@@ -214,7 +214,7 @@ def job(world_size: int) -> Iterator[Any]:
     """Be rank 0 of ``world_size`` that do not exist; yields the DistInfo."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from automodel.distributed.dist_info import DistInfo
+    from automodel.distributed.runtime.dist_info import DistInfo
 
     dist.init_process_group(f"cpu:fake,{NAME}:fake", store=FakeStore(), rank=0, world_size=world_size)
     try:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from automodel.data.collate import CausalLMCollator
-from automodel.data.loader import TrainLoader
+from automodel.data.batches.collate import CausalLMCollator
+from automodel.data.batches.loader import TrainLoader
 from automodel.losses.cross_entropy import CrossEntropy
 from automodel.models.adapters import LoRA
 from automodel.optim.optimizers import adamw, parameter_groups, sgd

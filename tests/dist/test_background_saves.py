@@ -21,8 +21,8 @@ from automodel.checkpoint.retention import Retention
 from automodel.checkpoint.room import expected_bytes
 from automodel.checkpoint.staging import HostCopy
 from automodel.checkpoint.training import Checkpointer, SaveError, TrainState, require_whole
-from automodel.data.collate import CausalLMCollator
-from automodel.data.loader import TrainLoader
+from automodel.data.batches.collate import CausalLMCollator
+from automodel.data.batches.loader import TrainLoader
 from automodel.losses.cross_entropy import CrossEntropy
 from automodel.optim.optimizers import adamw, parameter_groups
 from automodel.train.step import StepConfig, train_step

@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 
 from automodel.distributed import initialize_distributed
-from automodel.distributed.first_rank import (
+from automodel.distributed.runtime.first_rank import (
     FirstRankPerNode,
     barrier_and_log,
 )
-from automodel.distributed.ordering import PeerError
-from automodel.distributed.side_group import _barrier_with_timeout, _create_gloo_group
-from automodel.distributed.watchdog import start_watchdog
+from automodel.distributed.runtime.agreement import PeerError
+from automodel.distributed.runtime.side_group import _barrier_with_timeout, _create_gloo_group
+from automodel.distributed.runtime.watchdog import start_watchdog
 from automodel.types import UserError
 from tests.dist.pool import RankPool, run_fresh
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from automodel.data.collate import PackedCollator
-from automodel.data.loader import TrainLoader
-from automodel.data.packing import PackedRows, pack
-from automodel.distributed.ordering import everywhere
+from automodel.data.batches.collate import PackedCollator
+from automodel.data.batches.loader import TrainLoader
+from automodel.data.batches.packing import PackedRows, pack
+from automodel.distributed.runtime.agreement import run_on_all_ranks
 from automodel.losses.cross_entropy import CrossEntropy, forward_logits
 from automodel.models.isolation import require_isolation
 from automodel.train.step import StepConfig, train_step
@@ -89,7 +89,7 @@ def isolation_verdict(strategy_name: str, leaks: bool) -> tuple[str, bool]:
         )
 
     try:
-        everywhere(check)
+        run_on_all_ranks(check)
     except UserError as error:
         return str(error), model.training
     return "", model.training

@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 import torch
 
-from automodel.data.collate import CausalLMCollator
-from automodel.data.loader import TrainLoader
-from automodel.distributed.precision import convert_weights_
+from automodel.data.batches.collate import CausalLMCollator
+from automodel.data.batches.loader import TrainLoader
+from automodel.distributed.parallel.precision import convert_weights_
 from automodel.losses.cross_entropy import CrossEntropy
 from automodel.train.step import StepConfig, train_step
 from tests.dist.test_step_parity import GradientCatcher

@@ -18,9 +18,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from automodel.distributed import destroy_global_state, dist_info, initialize_distributed, rendezvous
-from automodel.distributed.dist_info import before_destroy
-from automodel.distributed.rendezvous import _ranks
+from automodel.distributed import destroy_global_state, initialize_distributed
+from automodel.distributed.runtime import dist_info, rendezvous
+from automodel.distributed.runtime.dist_info import before_destroy
+from automodel.distributed.runtime.rendezvous import _ranks
 from tests.dist.pool import RankPool, free_port, run_fresh
 
 SHORT = 3 / 60  # minutes
@@ -294,7 +295,7 @@ def test_many_missing_ranks_are_told_briefly():
 
 def fall_behind() -> tuple[bool, bool]:
     info = initialize_distributed("gloo", timeout_minutes=1)
-    from automodel.distributed.ordering import set_collective_timeout
+    from automodel.distributed.runtime.agreement import set_collective_timeout
 
     set_collective_timeout(2 / 60)
     if info.rank == 1:

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from automodel.checkpoint.export import export_model
-from automodel.checkpoint.reader import WeightReader
+from automodel.hf_export.write import export_model
+from automodel.checkpoint.weight_reader import WeightReader
 from automodel.checkpoint.retention import Retention
 from automodel.checkpoint.training import Checkpointer, TrainState, load_checkpoint
-from automodel.data.collate import CausalLMCollator
-from automodel.data.loader import TrainLoader
-from automodel.distributed.dist_info import get_store
+from automodel.data.batches.collate import CausalLMCollator
+from automodel.data.batches.loader import TrainLoader
+from automodel.distributed.runtime.dist_info import get_store
 from automodel.eval.generation import GenerationEvaluation
 from automodel.losses.cross_entropy import CrossEntropy
 from automodel.models.char_tokenizer import build_char_tokenizer
@@ -111,7 +111,7 @@ def test_its_export_loads_to_the_same_logits(two_ranks, tmp_path, strategy):
 
 
 def answers(strategy: str) -> list[tuple[str, str, str]]:
-    from automodel.data.rows import Prompt
+    from automodel.data.prepare.prepared import Prompt
     from automodel.distributed import dp_eval_sample_shard
 
     model, layout, dp = parallel_model(strategy)
@@ -133,7 +133,7 @@ def test_generated_answers_do_not_depend_on_the_layout(ranks, world, strategy):
 
 
 def failing_answers() -> str:
-    from automodel.distributed.ordering import PeerError
+    from automodel.distributed.runtime.agreement import PeerError
 
     class Broken(GenerationEvaluation):
         def _generate(self, *args: Any, **options: Any) -> list[str]:
@@ -141,7 +141,7 @@ def failing_answers() -> str:
                 raise KeyError("no such token")
             return super()._generate(*args, **options)
 
-    from automodel.data.rows import Prompt
+    from automodel.data.prepare.prepared import Prompt
 
     model, _, dp = parallel_model("ddp")
     prompts = [Prompt(prompt_ids=[3], question="", answer="", kind=None)] * 4
@@ -156,9 +156,9 @@ def failing_answers() -> str:
 
 
 def answers_cut_short(strategy: str) -> tuple[bool, int]:
-    from automodel.data.rows import Prompt
+    from automodel.data.prepare.prepared import Prompt
     from automodel.distributed import dp_eval_sample_shard
-    from automodel.distributed.ordering import CutShort, StopPoll
+    from automodel.distributed.runtime.agreement import CutShort, StopPoll
 
     rounds = []
 

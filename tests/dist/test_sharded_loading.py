@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from automodel.distributed.fsdp2 import FSDP2
+from automodel.distributed.parallel.fsdp2 import FSDP2
 from automodel.models.adapters import LoRA
 from automodel.models.hf import HFModel, ScratchModel
 from automodel.models.sharded_loading import unfilled_model

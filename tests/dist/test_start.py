@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from automodel.distributed import destroy_global_state, get_local_rank_preinit, get_rank_safe, initialize_distributed
-from automodel.distributed.ordering import PeerError, everywhere, run_on_main
+from automodel.distributed.runtime.agreement import PeerError, run_on_all_ranks, run_on_main
 from automodel.types import UserError
 
 
@@ -98,7 +98,7 @@ def fail_on_last_rank(kind: type[Exception]) -> tuple[object, str]:
         return dist.get_rank()
 
     try:
-        return everywhere(act), ""
+        return run_on_all_ranks(act), ""
     except Exception as error:
         return type(error), str(error)
 

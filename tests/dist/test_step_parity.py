@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from automodel.data.collate import CausalLMCollator
-from automodel.data.loader import TrainLoader
+from automodel.data.batches.collate import CausalLMCollator
+from automodel.data.batches.loader import TrainLoader
 from automodel.losses.cross_entropy import CrossEntropy
 from automodel.train.step import StepConfig, train_step
 from tests.dist.tiny import clean_name, full, parallel_model, tiny_llama, uneven_rows

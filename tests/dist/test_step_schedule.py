@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from automodel.data.collate import CausalLMCollator
-from automodel.data.loader import TrainLoader
-from automodel.data.rows import Prompt
-from automodel.distributed.ddp import DDP
-from automodel.distributed.fsdp2 import FSDP2
+from automodel.data.batches.collate import CausalLMCollator
+from automodel.data.batches.loader import TrainLoader
+from automodel.data.prepare.prepared import Prompt
+from automodel.distributed.parallel.ddp import DDP
+from automodel.distributed.parallel.fsdp2 import FSDP2
 from automodel.eval.generation import GenerationEvaluation
 from automodel.losses.cross_entropy import CrossEntropy
 from automodel.models.char_tokenizer import build_char_tokenizer
@@ -25,7 +25,7 @@ from automodel.optim.schedules import constant
 from automodel.train.flops import TrainingFlops
 from automodel.train.loop import Evaluator, Timeouts, TrainLoop
 from automodel.train.meter import Meter
-from automodel.train.step import StepConfig, settle_gradient_buckets, train_step
+from automodel.train.step import StepConfig, warm_up_buckets, train_step
 from automodel.train.step_scheduler import StepScheduler
 from tests.dist.tiny import cpu_info, full, parallel_model, tiny_llama, uneven_rows
 
@@ -137,7 +137,7 @@ def left_by_settling() -> tuple[bool, bool, bool]:
     state = torch.get_rng_state()
     (batch,) = micro_batches(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    settle_gradient_buckets(model, batch, loss_fn=CrossEntropy(), optimizer=optimizer, config=step_config())
+    warm_up_buckets(model, batch, loss_fn=CrossEntropy(), optimizer=optimizer, config=step_config())
     return (
         all(torch.equal(p, before) for p, before in zip(model.parameters(), weights, strict=True)),
         all(p.grad is None for p in model.parameters()),

@@ -12,14 +12,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from automodel.distributed import clip_gradients, dp_eval_sample_shard, get_sync_ctx, rescale_gradients
-from automodel.distributed.ddp import DDP
-from automodel.distributed.fsdp2 import FSDP2
-from automodel.distributed.gradients import total_grad_norm
-from automodel.distributed.mesh import data_parallel
-from automodel.distributed.ordering import set_collective_timeout
-from automodel.distributed.side_group import _create_gloo_group
-from automodel.distributed.megatron_fsdp import MegatronFSDP
-from automodel.distributed.tensor_parallel import apply_tensor_parallel
+from automodel.distributed.parallel.ddp import DDP
+from automodel.distributed.parallel.fsdp2 import FSDP2
+from automodel.distributed.parallel.gradients import total_grad_norm
+from automodel.distributed.parallel.strategy import data_parallel
+from automodel.distributed.runtime.agreement import set_collective_timeout
+from automodel.distributed.runtime.side_group import _create_gloo_group
+from automodel.distributed.parallel.megatron_fsdp import MegatronFSDP
+from automodel.distributed.parallel.tensor_parallel import apply_tensor_parallel
 from automodel.models.adapters import LoRA
 from automodel.types import UserError
 from tests.dist.pool import RankPool

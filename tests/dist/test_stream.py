@@ -12,14 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from automodel.data.collate import CausalLMCollator, PackedCollator
-from automodel.data.loader import Loader, TrainLoader
-from automodel.data.prepare import load_sft
-from automodel.data.preparers import SFTPreparer, choose_first
+from automodel.data.batches.collate import CausalLMCollator, PackedCollator
+from automodel.data.batches.loader import Loader, TrainLoader
+from automodel.data.prepare.load import load_sft
+from automodel.data.prepare.preparers import SFTPreparer, choose_first
 from automodel.data.sources import JsonlDataset
-from automodel.data.stream import START, Stream, StreamLoader
-from automodel.data.train_set import build_train_set
-from automodel.distributed.first_rank import node_group
+from automodel.data.batches.stream import START, Stream, StreamLoader
+from automodel.data.batches.train_set import build_train_set
+from automodel.distributed.runtime.first_rank import node_group
 from automodel.models.char_tokenizer import build_char_tokenizer as build_tokenizer
 from automodel.types import UserError
 

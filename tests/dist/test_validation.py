@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from automodel.data.collate import CausalLMCollator
-from automodel.data.loader import ValidationBatches
-from automodel.distributed.ordering import CutShort, StopPoll
+from automodel.data.batches.collate import CausalLMCollator
+from automodel.data.batches.loader import ValidationBatches
+from automodel.distributed.runtime.agreement import CutShort, StopPoll
 from automodel.eval.validation import (
     Validation,
     measure_classification,

@@ -13,8 +13,8 @@ import time
 import pytest
 import torch.distributed as dist
 
-from automodel.distributed import watchdog
-from automodel.distributed.watchdog import Report, late_ranks, set_stall_limit, stall_message
+from automodel.distributed.runtime import watchdog
+from automodel.distributed.runtime.watchdog import Report, late_ranks, set_stall_limit, stall_message
 from automodel.processes import is_alive, process_space
 from tests.dist.pool import RankPool
 

@@ -11,11 +11,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from automodel.distributed.ddp import DDP
-from automodel.distributed.dist_info import DistInfo
-from automodel.distributed.fsdp2 import FSDP2
-from automodel.distributed.megatron_fsdp import MegatronFSDP, whole_tensor
-from automodel.distributed.mesh import DataParallel, data_parallel
+from automodel.distributed.parallel.ddp import DDP
+from automodel.distributed.runtime.dist_info import DistInfo
+from automodel.distributed.parallel.fsdp2 import FSDP2
+from automodel.distributed.parallel.megatron_fsdp import MegatronFSDP, whole_tensor
+from automodel.distributed.parallel.strategy import DataParallel, data_parallel
 from tests.dist import cuda_streams
 
 VOCAB = 48

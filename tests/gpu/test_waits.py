@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from automodel.data.collate import CausalLMCollator
+from automodel.data.batches.collate import CausalLMCollator
 from automodel.losses.cross_entropy import CrossEntropy
 from automodel.optim.optimizers import adamw, parameter_groups
 from automodel.train.step import StepConfig, train_step

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from automodel.check_parity import both_configs, compare, compare_weights, main, read_command_line
+from automodel.cli.command_line import VerbFailed
 from automodel.config import Config, load_config, resolved_yaml
-from automodel.verbs.command_line import VerbFailed
 from tests.recipes.command import FAST, ROOT
 
 LAYOUT = ["launch.nproc_per_node=2", "distributed=fsdp2"]

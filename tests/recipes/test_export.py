@@ -190,7 +190,7 @@ def renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_an_export_that_is_not_the_model_is_kept_under_a_name_that_says_so(
     runs, tmp_path, monkeypatch, capsys, fault, told
 ):
-    from automodel.checkpoint import weight_files
+    from automodel.hf_export import weight_files
 
     save = weight_files.save_file
     monkeypatch.setattr(weight_files, "save_file", lambda weights, *args, **named: save(fault(weights), *args, **named))
@@ -207,8 +207,8 @@ def test_an_export_that_is_not_the_model_is_kept_under_a_name_that_says_so(
 def test_the_export_at_the_end_of_a_run_is_verified_too(tmp_path, monkeypatch, base):
     from transformers import AutoModelForCausalLM
 
-    from automodel.checkpoint import export as end_of_run
-    from automodel.checkpoint.verification import ExportError
+    from automodel.hf_export import write as end_of_run
+    from automodel.hf_export.verification import ExportError
 
     model = AutoModelForCausalLM.from_pretrained(base)
     monkeypatch.setattr(end_of_run, "run_on_main", lambda action: action())

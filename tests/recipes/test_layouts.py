@@ -157,7 +157,7 @@ def test_the_model_of_a_run_in_bf16_is_trained_in_float32_and_written_in_bf16(ba
     import torch
     from safetensors.torch import load_file
 
-    from automodel.checkpoint.reader import WeightReader
+    from automodel.checkpoint.weight_reader import WeightReader
 
     output = run(
         *base, "step_scheduler.max_steps=3", f"distributed={layout}", "model.dtype=bfloat16",

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from automodel.data import build as build_module
-from automodel.data.cache import build_once, cache_root
-from automodel.data.prepare import load_sft
+from automodel.data.prepare import writer as build_module
+from automodel.data.prepare.cache import build_once, cache_root
+from automodel.data.prepare.load import load_sft
 from automodel.data.sources import JsonlDataset
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.types import UserError
@@ -110,7 +110,7 @@ def num_folders(cache: Path) -> int:
 def test_the_same_rows_are_prepared_once(tmp_path, cache, monkeypatch):
     path = write(tmp_path / "rows.jsonl", "a", "b")
     first = load(path)
-    monkeypatch.setattr("automodel.data.build._prepare_row", None)  # nothing is prepared again
+    monkeypatch.setattr("automodel.data.prepare.writer._prepare_row", None)  # nothing is prepared again
     second = load(path)
     assert list(first.examples) == list(second.examples) and first.fingerprint == second.fingerprint
     assert list(first.prompts) == list(second.prompts) and first.counts == second.counts

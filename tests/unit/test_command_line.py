@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from automodel.cli.command_line import load_one_config, read_own_keys, whole_number
 from automodel.config import load_command_line, load_config, resolved_yaml
 from automodel.config.arguments import read_arguments
 from automodel.config.command_line import compose_command_line, hydra_command_line
@@ -15,7 +16,6 @@ from automodel.config.groups import config_groups, shipped_keys
 from automodel.config.migration_page import migration_page
 from automodel.config.overrides import parse_overrides
 from automodel.types import UserError
-from automodel.verbs.command_line import load_one_config, read_own_keys, whole_number
 
 ROOT = Path(__file__).parents[2]
 

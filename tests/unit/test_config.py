@@ -426,7 +426,7 @@ def test_help_shows_the_values_that_fit_adapters(monkeypatch):
 
 def test_the_names_of_chat_templates_are_those_that_there_are():
     from automodel.capabilities import CHAT_TEMPLATES
-    from automodel.data.templates import BUILT_IN_TEMPLATES
+    from automodel.data.chat.templates import BUILT_IN_TEMPLATES
 
     assert set(CHAT_TEMPLATES) == set(BUILT_IN_TEMPLATES)
 
@@ -435,9 +435,9 @@ def test_the_table_of_strategy_options_is_what_the_strategies_take():
     import inspect
 
     from automodel.capabilities import STRATEGY_OPTIONS
-    from automodel.distributed.ddp import DDP
-    from automodel.distributed.fsdp2 import FSDP2
-    from automodel.distributed.megatron_fsdp import MegatronFSDP
+    from automodel.distributed.parallel.ddp import DDP
+    from automodel.distributed.parallel.fsdp2 import FSDP2
+    from automodel.distributed.parallel.megatron_fsdp import MegatronFSDP
 
     assert set(STRATEGY_OPTIONS) == {strategy.name for strategy in (DDP, FSDP2, MegatronFSDP)}
     for strategy in (DDP, FSDP2, MegatronFSDP):

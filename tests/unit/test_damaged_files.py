@@ -12,7 +12,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from automodel.data.readers import BadRow, Position, Row, count_rows, read_files, require_text
+from automodel.data.files.readers import count_rows, read_files
+from automodel.data.rows import BadRow, Position, Row, require_text
 from automodel.types import UserError
 
 GOOD = b'{"text": "a"}\n'

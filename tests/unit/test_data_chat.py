@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from automodel.data.prepare import load_sft
+from automodel.data.prepare.load import load_sft
 from automodel.data.sources import JsonlDataset
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.types import UserError

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from automodel.data.formats import Messages, PlainText, PromptCompletion, TextLabel, UnknownFormat, choose_format
-from automodel.data.preference import Preference
-from automodel.data.preparers import PrepareOptions, choose_first
-from automodel.data.readers import BadRow, Row
+from automodel.data.formats.choose import Messages, PlainText, PromptCompletion, TextLabel, UnknownFormat, choose_format
+from automodel.data.formats.preference import Preference
+from automodel.data.prepare.preparers import PrepareOptions, choose_first
+from automodel.data.rows import BadRow, Row
 from automodel.types import UserError
 
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from automodel.data.collate import CausalLMCollator, ClassificationCollator
-from automodel.data.loader import TrainLoader, ValidationBatches
+from automodel.data.batches.collate import CausalLMCollator, ClassificationCollator
+from automodel.data.batches.loader import TrainLoader, ValidationBatches
 from automodel.types import UserError
 
 PAD = 0
@@ -69,7 +69,7 @@ def test_every_row_comes_once_an_epoch_and_epochs_and_seeds_differ():
 
 def test_order_is_the_same_in_another_process_with_another_hash_seed():
     code = (
-        "from automodel.data.loader import TrainLoader\n"
+        "from automodel.data.batches.loader import TrainLoader\n"
         "loader = TrainLoader([0] * 20, collate=list, global_batch_size=20, local_batch_size=20, dp_rank=0, dp_size=1, "
         "seed=7)\nprint(next(loader.global_batches(3)))"
     )

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from pyarrow import parquet
 
-from automodel.data.prepare import load_classification, load_sft
-from automodel.data.share import split_off
+from automodel.data.prepare.load import load_classification, load_sft
 from automodel.data.sources import DemoDataset, HFDataset, JsonlDataset
+from automodel.data.validation_share import split_off
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.types import UserError
 

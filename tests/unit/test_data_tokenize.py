@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from automodel.data.prepare import load_classification, load_sft
-from automodel.data.rows import ClassificationRows
+from automodel.data.prepare.load import load_classification, load_sft
+from automodel.data.prepare.prepared import ClassificationRows
+from automodel.data.prepare.tokenize import UNSEPARATED
 from automodel.data.sources import DemoDataset, JsonlDataset
-from automodel.data.tokenize import UNSEPARATED
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.types import UserError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from automodel.checkpoint.export import export_model
+from automodel.hf_export.write import export_model
 from automodel.models.adapters import LoRA
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.models.embeddings import new_token_ids, require_embeddings

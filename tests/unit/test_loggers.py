@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from automodel.loggers.fanout import MetricSink, open_loggers
-from automodel.loggers.rundir import RunDir
 from automodel.loggers.wandb import WandbLogger, _sent_before
+from automodel.runs.run_folder import RunDir
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import resource
 
 import pytest
 
-from automodel.distributed.open_files import allow_open_files
+from automodel.distributed.runtime.open_files import allow_open_files
 from benchmarks.open_files import count
 
 

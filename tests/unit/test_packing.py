@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from automodel.data.collate import CausalLMCollator, PackedCollator
-from automodel.data.packing import PackedRows, pack
+from automodel.data.batches.collate import CausalLMCollator, PackedCollator
+from automodel.data.batches.packing import PackedRows, pack
 from automodel.losses.cross_entropy import CrossEntropy, forward_logits
 from automodel.models.isolation import require_isolation
 from automodel.types import UserError

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from automodel.distributed.precision import convert_weights_, resolve_precision
+from automodel.distributed.parallel.precision import convert_weights_, resolve_precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 F32, BF16 = torch.float32, torch.bfloat16

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from automodel.config import load_config
-from automodel.data.checks import data_problems, num_duplicates, shared_rows
-from automodel.data.prepare import load_sft
+from automodel.data.prepare.checks import data_problems, num_duplicates, shared_rows
+from automodel.data.prepare.load import load_sft
 from automodel.data.sources import JsonlDataset
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.preview import main, preview, render

@@ -4,12 +4,13 @@ import json
 
 import pytest
 
-from automodel.data import prepare, proof
-from automodel.data.chat import tokenize_messages
-from automodel.data.formats import Messages, PromptCompletion
-from automodel.data.proof import difference_of, prove
+from automodel.data.chat.conversation import tokenize_messages
+from automodel.data.formats.choose import Messages, PromptCompletion
+from automodel.data.prepare import load as prepare
+from automodel.data.prepare import proof
+from automodel.data.prepare.proof import difference_of, prove
+from automodel.data.prepare.tokenize import tokenize_completion
 from automodel.data.sources import JsonlDataset
-from automodel.data.tokenize import tokenize_completion
 from tests.unit.tiny_tokenizers import KINDS, build
 
 TURNS = [{"role": "user", "content": "Tell me."}, {"role": "assistant", "content": "Once upon a time.</s>"}]

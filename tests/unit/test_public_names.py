@@ -15,10 +15,11 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 import automodel.distributed as public
-from automodel.distributed import backends, dp_eval_sample_shard
-from automodel.distributed.ddp import DDP
-from automodel.distributed.fsdp2 import FSDP2
-from automodel.distributed.megatron_fsdp import MegatronFSDP
+from automodel.distributed import dp_eval_sample_shard
+from automodel.distributed.parallel.ddp import DDP
+from automodel.distributed.parallel.fsdp2 import FSDP2
+from automodel.distributed.parallel.megatron_fsdp import MegatronFSDP
+from automodel.distributed.runtime import backends
 from automodel.types import UserError
 
 DOCUMENTED = {
@@ -76,14 +77,14 @@ class Options:
 NAMING = {
     True: [
         FSDP2(), MegatronFSDP(), "fsdp2", "FSDP", "megatron_fsdp", "somewhere.FSDP2Manager", "hsdp", Kind.SHARDED,
-        {"strategy": "fsdp2"}, {"_target_": "automodel.distributed.fsdp2.FSDP2", "tp_size": 2}, FSDP2Config(),
-        OmegaConf.create({"_target_": "automodel.distributed.megatron_fsdp.MegatronFSDP"}), FSDP2,
+        {"strategy": "fsdp2"}, {"_target_": "automodel.distributed.parallel.fsdp2.FSDP2", "tp_size": 2}, FSDP2Config(),
+        OmegaConf.create({"_target_": "automodel.distributed.parallel.megatron_fsdp.MegatronFSDP"}), FSDP2,
         OmegaConf.create({"name": "fsdp2"}), types.SimpleNamespace(strategy="megatron_fsdp"), Options("fsdp2"),
         Options(Kind.SHARDED), {"strategy": {"_target_": "a.FSDP2"}}, types.SimpleNamespace(_target_=FSDP2Config),
     ],
     False: [
         DDP(), "ddp", "DDP", "DistributedDataParallel", "a.b.DDPManager", Kind.WHOLE, {"strategy": "ddp"},
-        {"_target_": "automodel.distributed.ddp.DDP"}, OmegaConf.create({"strategy": "ddp", "fsdp": None}),
+        {"_target_": "automodel.distributed.parallel.ddp.DDP"}, OmegaConf.create({"strategy": "ddp", "fsdp": None}),
         types.SimpleNamespace(name="ddp"), Options("ddp"), Options(DDP()), DDP,
     ],
 }  # fmt: skip
@@ -228,7 +229,7 @@ EXITING = """
 import atexit, os
 import torch, torch.distributed as dist
 from automodel.distributed import destroy_global_state, initialize_distributed
-from automodel.distributed.dist_info import before_destroy
+from automodel.distributed.runtime.dist_info import before_destroy
 first, second = initialize_distributed("{backend}"), initialize_distributed("gloo", timeout_minutes=2)
 assert first == second and first.backend == "gloo", (first, second)
 before_destroy(lambda: print("cleaned up", flush=True))

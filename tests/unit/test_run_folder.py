@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from automodel.launch.run_id import default_run_id
-from automodel.loggers import run_lock
 from automodel.loggers.fanout import open_loggers
 from automodel.loggers.jsonl import JsonlLogger
-from automodel.loggers.rundir import RunDir
+from automodel.runs import run_lock
+from automodel.runs.run_folder import RunDir
 from automodel.types import UserError
 
 

@@ -17,9 +17,9 @@ from automodel.launch.slurm import _submit_script
 from automodel.launch.submission import submission_of
 from automodel.loggers.fanout import open_loggers
 from automodel.loggers.jsonl import JsonlLogger
-from automodel.loggers.rundir import RunDir, environment_record
 from automodel.loggers.wandb import WandbLogger
 from automodel.run import _tell
+from automodel.runs.run_folder import RunDir, environment_record
 from automodel.secrets import masked, masked_keys, masked_text
 from automodel.types import UserError
 

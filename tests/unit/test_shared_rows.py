@@ -5,8 +5,8 @@ from itertools import islice
 
 import pytest
 
-from automodel.data.formats import Messages, PlainText, PromptCompletion, UnknownFormat, choose_format
-from automodel.data.preference import Preference
+from automodel.data.formats.choose import Messages, PlainText, PromptCompletion, UnknownFormat, choose_format
+from automodel.data.formats.preference import Preference
 
 SHAPES = {
     "alpaca": Messages,

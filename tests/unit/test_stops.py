@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from automodel.data.prepare import load_sft
+from automodel.data.chat.stops import Stops
+from automodel.data.prepare.load import load_sft
 from automodel.data.sources import JsonlDataset
-from automodel.data.stops import Stops
 from automodel.models.hf import stop_at
 
 

@@ -5,10 +5,10 @@ from itertools import groupby
 
 import pytest
 
-from automodel.data.chat import tokenize_messages
-from automodel.data.formats import Messages
-from automodel.data.readers import BadRow
-from automodel.data.templates import BUILT_IN_TEMPLATES, set_chat_template
+from automodel.data.chat.conversation import tokenize_messages
+from automodel.data.chat.templates import BUILT_IN_TEMPLATES, set_chat_template
+from automodel.data.formats.choose import Messages
+from automodel.data.rows import BadRow
 from automodel.models.char_tokenizer import build_char_tokenizer
 
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from automodel.config import load_config
-from automodel.data.build import facts_of
-from automodel.data.cache import hash_of
-from automodel.data.prepare import load_sft
+from automodel.data.chat.templates import set_chat_template
+from automodel.data.prepare.cache import hash_of
+from automodel.data.prepare.load import load_sft
+from automodel.data.prepare.writer import facts_of
 from automodel.data.sources import JsonlDataset
-from automodel.data.templates import set_chat_template
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.types import UserError
 

@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from automodel.data.collate import CausalLMCollator
-from automodel.data.loader import Draw, TrainLoader
-from automodel.data.mixture import MixtureDataset
+from automodel.data.batches.collate import CausalLMCollator
+from automodel.data.batches.loader import Draw, TrainLoader
+from automodel.data.batches.mixture import MixtureDataset
 from automodel.types import UserError
 
 LENGTHS = np.random.default_rng(0).integers(2, 60, size=203)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from automodel.checkpoint.verification import ExportError, compare, digests_of, probe, use_host_attention, verify
+from automodel.hf_export.verification import ExportError, compare, digests_of, probe, use_host_attention, verify
 
 
 def autocast() -> Any:

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from automodel.data.chat import JOINED, tokenize_messages
-from automodel.data.encode import encode
-from automodel.data.formats import Messages, PromptCompletion
-from automodel.data.readers import BadRow
-from automodel.data.tokenize import tokenize_completion
+from automodel.data.chat.conversation import JOINED, tokenize_messages
+from automodel.data.chat.encode import encode
+from automodel.data.formats.choose import Messages, PromptCompletion
+from automodel.data.prepare.tokenize import tokenize_completion
+from automodel.data.rows import BadRow
 from tests.unit.test_supervision import FRAMES, PAIRS, choose, conversation, written
 from tests.unit.tiny_tokenizers import KINDS, build
 

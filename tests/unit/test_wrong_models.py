@@ -62,7 +62,7 @@ def test_flash_attention_that_is_not_installed_is_told_before_anything_is_loaded
 def test_flash_attention_without_a_gpu_is_told_before_the_rows_are_read():
     import torch
 
-    from automodel.recipes.assembly import Job
+    from automodel.runner.job import Job
 
     cfg = SimpleNamespace(model={"attn_implementation": "flash_attention_2"})
     with pytest.raises(
@@ -137,7 +137,7 @@ def test_an_adapter_on_a_tied_output_layer_is_said_not_to_merge():
     ("model_max_length", "words"), [(8, "the model's limit of 8 tokens"), (None, "dataset.max_length=9")]
 )
 def test_what_bounds_the_length_of_a_row_is_named(tmp_path, model_max_length, words):
-    from automodel.data.prepare import load_sft
+    from automodel.data.prepare.load import load_sft
     from automodel.data.sources import JsonlDataset
     from automodel.models.char_tokenizer import build_char_tokenizer
 
@@ -150,7 +150,7 @@ def test_what_bounds_the_length_of_a_row_is_named(tmp_path, model_max_length, wo
 
 
 def test_a_tokenizer_without_an_eos_is_told_what_to_do():
-    from automodel.data.encode import require_eos
+    from automodel.data.chat.encode import require_eos
 
     with pytest.raises(UserError, match=r"the tokenizer of some/where has no eos .* eos_token in its tokenizer_config"):
         require_eos(SimpleNamespace(eos_token_id=None, name_or_path="some/where"))

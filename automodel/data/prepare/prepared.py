@@ -1,0 +1,157 @@
+"""Prepared rows: token ids with labels on disk, and what became of the rows that were read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from automodel.data.chat.stops import Stops
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from automodel.data.prepare.proof import Proof
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question to generate an answer for.
+
+    Attributes:
+        prompt_ids: the tokens before the answer, as in training.
+        answer: the text of the tokens after them that training supervises, without the end.
+        kind: the group that its score is reported under, if any.
+    """
+
+    prompt_ids: list[int]
+    answer: str
+    question: str
+    kind: str | None = None
+
+
+@dataclass
+class RowCounts:
+    """What became of the rows that were read.
+
+    Attributes:
+        num_unsupervised: rows dropped because nothing supervised is left of them; the others of ``num_dropped`` were
+            too long for ``truncation=drop``.
+        largest_id: of the tokens that are kept.
+        unused: fields that nothing reads, with the number of rows that hold something in them.
+        num_bad: damaged rows that were skipped; ``bad_rows`` names the first of them.
+        notes: what the user should know of rows that are trained on, with their number.
+    """
+
+    num_rows_read: int = 0
+    num_dropped: int = 0
+    num_unsupervised: int = 0
+    num_truncated: int = 0
+    num_label_tokens: int = 0
+    largest_id: int = -1
+    num_bad: int = 0
+    unused: dict[str, int] = field(default_factory=dict)
+    bad_rows: list[str] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
+
+    def count_unused(self, names: Iterable[str]) -> None:
+        """Count a row that holds something in fields which nothing reads."""
+        for name in names:
+            self.unused[name] = self.unused.get(name, 0) + 1
+
+
+@dataclass(frozen=True)
+class RowStats:
+    """One entry for every example, in their order.
+
+    Attributes:
+        lengths: tokens, as cut; int32 [N].
+        num_supervised: supervised positions; int32 [N].
+        has_end: whether an end token is supervised, so that the row teaches to stop; bool [N].
+        hashes: of the token ids and labels, to find rows that come again; int64 [N].
+    """
+
+    lengths: np.ndarray
+    num_supervised: np.ndarray
+    has_end: np.ndarray
+    hashes: np.ndarray
+
+
+class Prompts(Sequence[Prompt]):
+    """A prompt for each example, read from disk when it is asked for."""
+
+    def __init__(self, table: Any, limit: int | None = None) -> None:
+        self._table = table
+        self._num_rows = len(table) if limit is None else min(limit, len(table))
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            if index.start or index.step not in (None, 1):
+                return [self[number] for number in range(*index.indices(len(self)))]
+            return Prompts(self._table, len(range(*index.indices(len(self)))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return Prompt(**self._table[index % len(self)])
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return (self[number] for number in range(len(self)))
+
+
+@dataclass(frozen=True)
+class SFTRows:
+    """Rows for a causal language model.
+
+    Attributes:
+        examples: map-style rows of ``input_ids`` and ``labels``, both [T]; ``labels[t]`` is what position ``t``
+            must predict (the next token), or -100. With ``loss_weights`` [T] where a message has a weight of its own.
+        prompts: a generation prompt for each row, in the rows' order; empty unless they were asked for.
+        format_name: what the rows were recognised as.
+        stops: the ends of answers that are supervised.
+        proof: what comparing the first rows' tokens with their texts gave.
+        is_model_limit: whether the model, and not ``dataset.max_length``, bounds the length of a row.
+    """
+
+    name: str
+    examples: Any
+    prompts: Sequence[Prompt]
+    fingerprint: str
+    counts: RowCounts
+    stats: RowStats
+    format_name: str
+    stops: Stops
+    proof: Proof
+    is_model_limit: bool = False
+
+    @property
+    def is_conversation(self) -> bool:
+        """Whether a chat template rendered the rows."""
+        return renders_with_template(self.format_name)
+
+
+def renders_with_template(format_name: str) -> bool:
+    """Return whether rows of a format are rendered by a chat template."""
+    return format_name in ("alpaca", "messages", "sharegpt")
+
+
+@dataclass(frozen=True)
+class ClassificationRows:
+    """Rows for a sequence classifier.
+
+    Attributes:
+        examples: map-style rows of ``input_ids`` [T] and ``labels``, an index into ``label_names``.
+        label_names: the classes by their index, as the model calls them.
+        spelt: the same as the rows spell them.
+        is_model_limit: as of SFTRows.
+    """
+
+    name: str
+    examples: Any
+    label_names: tuple[str, ...]
+    spelt: tuple[str, ...]
+    fingerprint: str
+    counts: RowCounts
+    stats: RowStats
+    is_model_limit: bool = False

@@ -1,0 +1,144 @@
+"""Strategy ``megatron_fsdp``: ZeRO stages 1 to 3 and their outer sharding by NVIDIA's ``megatron-fsdp`` package."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from automodel.distributed.parallel.layers import decoder_layers, enable_activation_checkpointing
+from automodel.distributed.parallel.precision import MixedPrecision, compute_dtype, convert_weights_
+from automodel.distributed.parallel.strategy import REPLICATE_AXIS, SHARD_AXIS, TP_AXIS, build_mesh
+from automodel.types import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+    from automodel.distributed.runtime.dist_info import DistInfo
+
+
+@dataclass(frozen=True)
+class MegatronFSDP:
+    """What ``distributed=megatron_fsdp`` configures; see ``conf/distributed/megatron_fsdp.yaml``."""
+
+    zero_stage: Literal[1, 2, 3] = 3
+    defer_grad_sync: bool = True
+    mixed_precision: MixedPrecision = "auto"
+    dp_replicate_size: int = 1
+    shard_optimizer_over_replicas: bool = False
+    activation_checkpointing: bool = False
+
+    name = "megatron_fsdp"
+    is_sharded = True
+    length_multiple = 1
+
+    def build_mesh(self, dist_info: DistInfo) -> DeviceMesh:
+        """Return the mesh (replicas, shards); every rank must call it.
+
+        Raises:
+            UserError: there is no CUDA device, whose streams the package cannot do without.
+        """
+        _require_cuda_streams()
+        return build_mesh(dist_info, dp_replicate_size=self.dp_replicate_size)
+
+    def parallelize(self, model: nn.Module, *, dist_info: DistInfo, mesh: DeviceMesh) -> nn.Module:
+        """Move ``model`` to the device and shard it, a unit for each decoder layer; every rank must call it.
+
+        Gradients come out as sums over the ranks, not averages.
+        """
+        import torch
+        from megatron_fsdp import MixedPrecisionPolicy, fully_shard_model
+
+        if self.activation_checkpointing:
+            enable_activation_checkpointing(model)
+        dtype = compute_dtype(self.mixed_precision, dist_info.device)
+        if dtype is not None:
+            convert_weights_(model, dtype)
+        has_replicas = self.dp_replicate_size > 1
+        if has_replicas:
+            both = mesh[REPLICATE_AXIS, SHARD_AXIS]._flatten("dp").get_group()
+        return fully_shard_model(
+            model,
+            device_mesh=mesh,
+            dp_shard_dim=SHARD_AXIS,
+            tp_dim=TP_AXIS,
+            dp_outer_dim=REPLICATE_AXIS if has_replicas else None,
+            hybrid_fsdp_group=both if has_replicas else None,
+            fsdp_unit_modules=sorted({type(layer) for layer in decoder_layers(model)}, key=str),
+            zero_dp_strategy=self.zero_stage,
+            outer_dp_sharding_strategy=int(self.shard_optimizer_over_replicas),
+            device=dist_info.device,
+            mixed_precision_policy=MixedPrecisionPolicy(
+                main_params_dtype=torch.float32, main_grads_dtype=torch.float32, grad_comm_dtype=torch.float32
+            ),
+            # Its default, a sync after every micro-batch, reduces an accumulated buffer a second time.
+            sync_model_each_microbatch=False,
+            calculate_per_token_loss=True,
+        )
+
+    def device_of_shards(self, dist_info: DistInfo) -> torch.device | None:
+        """Return None: ``parallelize`` takes a model with its weights alone."""
+        return None
+
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer, model: Any) -> None:
+        """Have every step of ``optimizer`` copied into the weights that the next forward computes with.
+
+        The package's own wrapper of optimizers would take a hidden first step.
+        """
+        optimizer.register_step_post_hook(lambda *_: model.install_optimized_model_weights())
+
+    def autocast(self, device: torch.device) -> AbstractContextManager:
+        """Return the context of a forward: none, since the weights are in the computing precision."""
+        return nullcontext()
+
+
+def full_state_dict(model: Any, *, names: set[str] | None = None) -> dict[str, torch.Tensor]:
+    """Return the weights (or those of ``names``) whole and on the CPU; every rank must call it.
+
+    Names are those of the wrapped model. One weight at a time is gathered on every rank.
+    """
+    from torch.distributed.tensor import DTensor
+
+    return {
+        name: (whole_tensor(value) if isinstance(value, DTensor) else value).detach().cpu()
+        for name, value in model.module.state_dict().items()
+        if names is None or name in names
+    }
+
+
+def whole_tensor(tensor: DTensor) -> torch.Tensor:
+    """Return the whole of an unevenly sharded tensor on every rank; every rank of its mesh must call it."""
+    import torch
+    import torch.distributed as dist
+    from megatron_fsdp.uneven_dtensor import gather_and_compute_chunk_metadata
+
+    chunk = gather_and_compute_chunk_metadata(tensor)
+    whole = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    place = tuple(slice(first, first + size) for first, size in zip(chunk.offsets, chunk.sizes, strict=True))
+    whole[place] = tensor.to_local()
+    # A sum of parts, not the package's gather of them: gloo gathers equal sizes alone.
+    for axis, placement in enumerate(tensor.placements):
+        if placement.is_shard():
+            dist.all_reduce(whole, group=tensor.device_mesh.get_group(axis))
+    return whole
+
+
+def describe_uneven_shards(state: dict[str, Any]) -> None:
+    """Tell torch's distributed checkpoint which part of each tensor of ``state`` this rank holds; a collective."""
+    from megatron_fsdp.uneven_dtensor import preprocess_state_dict_for_uneven_dtensor
+
+    preprocess_state_dict_for_uneven_dtensor(state)
+
+
+def _require_cuda_streams() -> None:
+    import torch
+
+    try:
+        torch.cuda.current_stream()
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(
+            "distributed=megatron_fsdp needs a CUDA device and none is usable here; distributed=fsdp2 shards on the CPU"
+        ) from error
