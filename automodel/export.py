@@ -89,13 +89,13 @@ class Run:
     Attributes:
         model: the ``model`` section.
         peft: the ``peft`` section, or None.
-        label_names: those of a classifier, or None.
+        task: of the recipe, as the checkpoint noted it.
         tokenizer_dir: where the run keeps its tokenizer and chat template.
     """
 
     model: dict[str, Any]
     peft: dict[str, Any] | None
-    label_names: list[str] | None
+    task: Any
     tokenizer_dir: Path
 
 
@@ -171,13 +171,14 @@ def read_run(options: Options) -> Run:
         raise UserError(f"{checkpoint}: {problem}{hint}")
     try:
         config = yaml.safe_load((run_dir / "config.yaml").read_text())
-        model, peft = config["model"], config.get("peft")
+        model, peft, _ = config["model"], config.get("peft"), config["recipe"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         what = "there is none" if isinstance(error, FileNotFoundError) else f"it cannot be read ({error!r})"
         raise UserError(f"{run_dir / 'config.yaml'} says what model the checkpoint belongs to, but {what}") from error
     if options.merge and not peft:
         raise UserError(f"export.merge=true: the run in {run_dir} trained no adapters (peft=none); leave the key out")
-    sections = [(name, section) for name, section in (("model", model), ("peft", peft)) if section]
+    named = (("model", model), ("peft", peft), ("recipe", config["recipe"]))
+    sections = [(name, section) for name, section in named if section]
     problems = [
         f"{line} runs code that is not automodel's own; if you trust who made this run, add "
         "export.trust_remote_code=true"
@@ -185,13 +186,21 @@ def read_run(options: Options) -> Run:
         for line in foreign_code(*each)
         if not options.trust_remote_code
     ]
-    problems = problems or [line for each in sections for line in check_target(*each)]
+    problems = problems or [line for each in sections if each[0] != "recipe" for line in check_target(*each)]
     if problems:
         raise UserError(*(f"{run_dir / 'config.yaml'}: {line}" for line in problems))
     progress = json.loads((checkpoint / PROGRESS).read_text())
     if "attn_implementation" in model:
         model = model | {"attn_implementation": None}  # a kernel that only the machine of the run may have
-    return Run(model, peft, progress.get("labels"), run_dir / "tokenizer")
+    return Run(model, peft, _task_of(config, progress), run_dir / "tokenizer")
+
+
+def _task_of(config: dict[str, Any], progress: dict[str, Any]) -> Any:
+    """Return the task that the recipe of a run trained."""
+    from automodel.config.schema import Recipe
+    from automodel.runner.recipe import call_recipe
+
+    return call_recipe(Recipe.model_validate(config["recipe"])).task.restored(progress)
 
 
 def export(options: Options, run: Run) -> None:
@@ -204,14 +213,12 @@ def export(options: Options, run: Run) -> None:
     from automodel.checkpoint.weight_reader import WeightReader
     from automodel.hf_export.write import kept_if_unverified, publish, write_unverified
     from automodel.logs import get_logger
-    from automodel.runner.job import build
+    from automodel.runner.build import build
 
     if options.dtype is None and run.peft is None and run.model.get("dtype") in ("float32", "bfloat16"):
         options = replace(options, dtype=run.model["dtype"])  # in which the run writes model/ as well
     source = build(run.model)
-    trained = _Trained(
-        source, build(run.peft), _tokenizer(source, run), run.label_names, WeightReader(options.checkpoint)
-    )
+    trained = _Trained(source, build(run.peft), _tokenizer(source, run), run.task, WeightReader(options.checkpoint))
     write = _write_whole if trained.adapters is None else _write_merged if options.merge else _write_adapter
 
     def fill(folder: Path) -> Check:
@@ -248,22 +255,21 @@ class _Trained:
     source: Any
     adapters: Any
     tokenizer: PreTrainedTokenizerBase
-    label_names: list[str] | None
+    task: Any
     reader: WeightReader
 
     def unfilled(self, device: str) -> PreTrainedModel:
         from automodel.models.hf import build_unfilled
 
-        return build_unfilled(self.source, self.tokenizer, label_names=self.label_names, device=device)
+        return build_unfilled(self.source, self.tokenizer, task=self.task, device=device)
 
     def load_base(self) -> PreTrainedModel:
-        return self.source.build(self.tokenizer, label_names=self.label_names)
+        return self.source.build(self.tokenizer, task=self.task)
 
     def adapted(self, base: PreTrainedModel) -> nn.Module:
         from automodel.models.embeddings import new_token_ids
 
-        task = "CAUSAL_LM" if self.label_names is None else "SEQ_CLS"
-        return self.adapters.apply(base, task=task, new_token_ids=new_token_ids(self.source, self.tokenizer))
+        return self.adapters.apply(base, task=self.task, new_token_ids=new_token_ids(self.source, self.tokenizer))
 
     def require_fit(self, shapes: dict[str, tuple[int, ...]], options: Options, *, ignored: set[str]) -> None:
         from automodel.checkpoint.weight_reader import mismatches

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from automodel.config import Config
-    from automodel.data.prepare.prepared import ClassificationRows, SFTRows
-    from automodel.runner.training_data import SFTData
+    from automodel.data.prepare.prepared import PreparedRows
+    from automodel.runner.training_data import TrainingData
 
 log = get_logger(__name__)
 
@@ -66,16 +66,14 @@ def preview(cfg: Config, *, num_rows: int, console: Console | None = None) -> li
     """
     from rich.console import Console
 
-    from automodel.runner.job import build
+    from automodel.runner.build import build
+    from automodel.runner.recipe import build_recipe
+    from automodel.runner.training_data import load_data
 
     console = console or Console(highlight=False, soft_wrap=True)
     model = build(cfg.model)
     tokenizer = model.load_tokenizer()
-    if cfg.recipe.name == "llm_seq_cls":
-        return _preview_classification(cfg, model, tokenizer, num_rows, console)
-    from automodel.runner.training_data import load_sft_data
-
-    data = load_sft_data(cfg, model, tokenizer)
+    data = load_data(cfg, build_recipe(cfg).task, model, tokenizer)
     for rows in data.sources.values():
         _show_rows(rows, tokenizer, num_rows, console)
     console.print(_table(data))
@@ -86,19 +84,23 @@ def preview(cfg: Config, *, num_rows: int, console: Console | None = None) -> li
     return [problem.text for problem in data.problems()]
 
 
-def _show_rows(rows: SFTRows, tokenizer: PreTrainedTokenizerBase, num_rows: int, console: Console) -> None:
+def _show_rows(rows: PreparedRows, tokenizer: PreTrainedTokenizerBase, num_rows: int, console: Console) -> None:
     from rich.markup import escape
 
-    for number in range(min(num_rows, len(rows.examples))):
-        example = rows.examples[number]
-        console.rule(escape(f"{rows.name}, row {number + 1} of {len(rows.examples):,}"))
+    for index in range(min(num_rows, len(rows.examples))):
+        example, title = rows.examples[index], f"{rows.name}, row {index + 1} of {len(rows.examples):,}"
+        if not rows.task.is_generative:
+            console.rule(escape(f"{title}: {rows.task.shown_target(example)}"))
+            console.print(tokenizer.decode(example["input_ids"]), markup=False)
+            continue
+        console.rule(escape(title))
         console.print(render(example, tokenizer, is_colored=console.is_terminal))
         weights = sorted({weight for weight in example.get("loss_weights") or () if weight})
         if weights not in ([], [1.0]):
             console.print(f"[dim]weights of supervised tokens: {', '.join(f'{w:g}' for w in weights)}[/dim]")
-    if num_rows:
-        mark = "in green" if console.is_terminal else "between « and »"
-        console.print(f"[dim]supervised tokens are shown {mark}; special tokens as they are spelt[/dim]\n")
+    if num_rows and rows.task.is_generative:
+        shown = "in green" if console.is_terminal else "between « and »"
+        console.print(f"[dim]supervised tokens are shown {shown}; special tokens are spelled out[/dim]\n")
 
 
 def render(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, is_colored: bool) -> Text:
@@ -127,7 +129,7 @@ def _runs(example: dict[str, Any]) -> Iterator[tuple[list[int], bool]]:
             start = end
 
 
-def _table(data: SFTData) -> Table:
+def _table(data: TrainingData) -> Table:
     """Return the counts of every source, a column each."""
     import numpy as np
     from rich.markup import escape
@@ -153,10 +155,18 @@ def _table(data: SFTData) -> Table:
         "duplicates": [f"{num_duplicates(c):,}" for c in columns],
         "tokens": [f"{c.stats.lengths.sum():,}" for c in columns],
         **{f"tokens a row, {name}": [f"{of(c.stats.lengths):,.0f}" for c in columns] for name, of in quantile.items()},
-        "supervised tokens": [_of(c.stats.num_supervised.sum(), c.stats.lengths.sum()) for c in columns],
-        "rows whose tokens were compared with their text": [f"{c.proof.num_rows:,}" for c in columns],
-        "teach to end an answer": [_of(c.stats.has_end.sum(), len(c.stats.has_end)) for c in columns],
     }
+    if data.task.is_generative:
+        lines |= {
+            "supervised tokens": [_of(c.stats.num_supervised.sum(), c.stats.lengths.sum()) for c in columns],
+            "rows whose tokens were compared with their text": [f"{c.proof.num_rows:,}" for c in columns],
+            "teach to end an answer": [_of(c.stats.has_end.sum(), len(c.stats.has_end)) for c in columns],
+        }
+    labels = [data.task.label_counts(rows) for rows in columns]
+    for label in labels[0]:
+        lines[escape(f"label {label}")] = [
+            _of(counts[label], len(rows.examples)) for counts, rows in zip(labels, columns, strict=True)
+        ]
     if data.train_set is not None and data.pack_length is not None:
         efficiencies = [share.efficiency for share in data.train_set.shares]
         lines[f"filled of {data.pack_length:,} slots"] = [f"{each:.1%}" for each in efficiencies]
@@ -183,34 +193,6 @@ def _histogram(lengths: np.ndarray) -> Iterator[str]:
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         bar = "█" * round(_BAR_WIDTH * count / counts.max())
         yield f"{low:7,.0f} - {high:7,.0f} {bar} {count:,}"
-
-
-def _preview_classification(
-    cfg: Config, model: Any, tokenizer: PreTrainedTokenizerBase, num_rows: int, console: Console
-) -> list[str]:
-    import numpy as np
-    from rich.markup import escape
-    from rich.table import Table
-
-    from automodel.recipes.llm_seq_cls import load_rows, problems_of
-
-    train, validation = load_rows(cfg, model, tokenizer)
-    columns: list[ClassificationRows] = [train] if validation is None else [train, validation]
-    for number in range(min(num_rows, len(train.examples))):
-        example = train.examples[number]
-        console.rule(escape(f"{train.name}, row {number + 1}: {train.label_names[example['labels']]}"))
-        console.print(tokenizer.decode(example["input_ids"]), markup=False)
-    table = Table("", *(escape(rows.name) for rows in columns))
-    table.add_row("rows", *(f"{rows.counts.num_rows_read:,}" for rows in columns))
-    table.add_row("damaged, skipped", *(f"{rows.counts.num_bad:,}" for rows in columns))
-    table.add_row("truncated", *(_of(rows.counts.num_truncated, rows.counts.num_rows_read) for rows in columns))
-    table.add_row("tokens a row, median", *(f"{np.median(rows.stats.lengths):,.0f}" for rows in columns))
-    table.add_row("tokens a row, max", *(f"{rows.stats.lengths.max():,}" for rows in columns))
-    for index, name in enumerate(train.label_names):
-        shares = [_of(int((np.array(rows.examples["labels"]) == index).sum()), len(rows.examples)) for rows in columns]
-        table.add_row(escape(f"label {name}"), *shares)
-    console.print(table)
-    return [problem.text for problem in problems_of(train, validation)]
 
 
 if __name__ == "__main__":

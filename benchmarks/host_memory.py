@@ -35,6 +35,7 @@ from automodel.distributed.parallel.fsdp2 import FSDP2
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.models.hf import HFModel
 from automodel.models.sharded_loading import unfilled_model
+from automodel.tasks.causal_lm import CausalLM
 from tests.dist.pool import RankPool
 from tests.dist.tiny import cpu_info
 
@@ -132,8 +133,8 @@ def load(how: str, folder: Path, dtype: str) -> None:
     source, info, tokenizer = HFModel(str(folder), dtype=dtype), cpu_info(), build_char_tokenizer()
     strategy: Any = DDP() if how == "ddp" else FSDP2()
     mesh = strategy.build_mesh(info)
-    unfilled = unfilled_model(source, tokenizer, label_names=None, adapters=None) if how == "fsdp2" else None
-    model = source.build(tokenizer) if unfilled is None else unfilled.adapted(None, task="CAUSAL_LM")
+    unfilled = unfilled_model(source, tokenizer, task=CausalLM(), adapters=None) if how == "fsdp2" else None
+    model = source.build(tokenizer, task=CausalLM()) if unfilled is None else unfilled.adapted(None, task=CausalLM())
     model = strategy.parallelize(model, dist_info=info, mesh=mesh)
     if unfilled is not None:
         unfilled.fill(model, info.device)

@@ -59,8 +59,8 @@ def _ours(model_folder: str, path: Path, max_length: int, num_proc: int, folder:
     from transformers import AutoTokenizer
 
     from automodel.data.batches.train_set import build_train_set
-    from automodel.data.prepare.load import load_sft
     from automodel.data.sources import JsonlDataset
+    from tests.unit.rows import load_sft
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     source = JsonlDataset(path=str(path), max_length=max_length, num_proc=num_proc)

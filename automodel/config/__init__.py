@@ -94,7 +94,7 @@ def validate(tree: dict[str, Any], env: Mapping[str, str]) -> tuple[Config | Non
         theirs = [(name, section) for name, section in sections if not is_ours(section)]
         problems = [line for name, section in theirs for line in check_target(name, section)]
     if not problems and config is not None:
-        problems = check_recipe(config.recipe.target) + check_launch_target(config.launch["_target_"])
+        problems = check_recipe(config.recipe) + check_launch_target(config.launch["_target_"])
     return config, problems
 
 

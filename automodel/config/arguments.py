@@ -20,7 +20,9 @@ _SWEEP = ("-m", "--multirun")
 _SHOW_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--info", "-i")
 _SHOW = ("--resolve", "--hydra-help", "--version", "--shell-completion", "-sc")
 _INFO_KINDS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
-_ALL = (*_WITH_VALUE, *_HELP, *_SWEEP, *_SHOW_WITH_VALUE, *_SHOW)
+DRY_BUILD = "--dry-build"
+"""Taken by ``automodel.run`` itself: everything is built up to the first step, and nothing is written."""
+_ALL = (DRY_BUILD, *_WITH_VALUE, *_HELP, *_SWEEP, *_SHOW_WITH_VALUE, *_SHOW)
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,19 @@ class Section(BaseModel):
 
 
 class Recipe(Section):
+    """Further keys are the arguments of what ``_target_`` names."""
+
+    model_config = ConfigDict(extra="allow", strict=True, populate_by_name=True, frozen=True)
+
     target: str = Field(alias="_target_")
     name: str
-    evaluations: list[str]
-    packs: bool
+    evaluations: list[str] = ["loss"]
+    packs: bool = False
+
+    @property
+    def own_keys(self) -> dict[str, Any]:
+        """The keys that this recipe alone has."""
+        return dict(self.model_extra or {})
 
 
 class DistEnv(Section):

@@ -7,7 +7,6 @@ import sys
 import typing
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
@@ -16,7 +15,7 @@ from automodel.config.foreign_names import find_foreign
 from automodel.config.groups import options_with
 from automodel.config.messages import pydantic_problems
 from automodel.config.names import did_you_mean, key_hint
-from automodel.config.schema import Text
+from automodel.config.schema import Recipe, Text
 
 _HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
@@ -45,28 +44,24 @@ def foreign_code(name: str, section: Any) -> list[str]:
     return found
 
 
-def check_recipe(path: str) -> list[str]:
-    """Return what is wrong with ``recipe._target_``; a shipped recipe, which needs torch, is not imported."""
-    if path.startswith("automodel.recipes.") and path.endswith(".run"):
-        try:
-            if find_spec(path.removesuffix(".run")) is not None:
-                return []
-        except ImportError:
-            pass
-        return [f"recipe._target_={path}: there is no such recipe"]
+def check_recipe(recipe: Recipe) -> list[str]:
+    """Return what is wrong with ``recipe._target_`` and the keys that are handed to it."""
+    problems = check_target("recipe", {"_target_": recipe.target, **recipe.own_keys})
+    if problems:
+        return problems
     try:
-        target = _resolve(path)
-        inspect.signature(target).bind("job")
-    except (TypeError, ValueError):
-        return [f"recipe._target_={path} must be a function of one argument, the job: def run(job)"]
+        described = resolve(recipe.target)(**recipe.own_keys)
     except Exception as error:
-        return [f"recipe._target_={path}: cannot be imported: {type(error).__name__}: {error}"]
+        return [f"recipe._target_={recipe.target}: {type(error).__name__}: {error}"]
+    if not hasattr(described, "task"):
+        kind = "automodel.runner.recipe.Recipe"
+        return [f"recipe._target_={recipe.target} must return {kind}, not {type(described).__name__}"]
     return []
 
 
 def check_launch_target(path: str) -> list[str]:
     """Return what is wrong with what ``launch._target_`` names beyond its keys."""
-    target = _resolve(path)
+    target = resolve(path)
     if isinstance(target, type) and (hasattr(target, "submit") or path == "automodel.launch.local.LocalLaunch"):
         return []
     return [f"launch._target_={path} must be a class with a method submit(submission)"]
@@ -82,7 +77,7 @@ def check_target(name: str, section: dict[str, Any]) -> list[str]:
     if not isinstance(path, str):
         return [f"{name} has no _target_; choose one of the group's options, or name a class or function"]
     try:
-        target = _resolve(path)
+        target = resolve(path)
     except Exception as error:
         return [f"{name}._target_={path}: cannot be imported: {type(error).__name__}: {error}"]
     given = {key: value for key, value in section.items() if key not in _HYDRA_KEYS}
@@ -108,12 +103,13 @@ def _is_shipped(section: dict[str, Any]) -> bool:
     if not is_ours(section):
         return False
     try:
-        return str(_resolve(section["_target_"]).__module__).startswith("automodel.")
+        return str(resolve(section["_target_"]).__module__).startswith("automodel.")
     except Exception:
         return True  # told by check_target, which does not import it either
 
 
-def _resolve(path: str) -> Any:
+def resolve(path: str) -> Any:
+    """Import what a dotted path names."""
     module_name, _, attribute = path.rpartition(".")
     return getattr(import_module(module_name), attribute)
 

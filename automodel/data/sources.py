@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -43,11 +43,11 @@ class DemoDataset:
     def display_name(self) -> str:
         return f"demo {self.split}"
 
-    def rows(self, *, is_classification: bool) -> Iterable[ReadRow]:
+    def rows(self, *, candidates: Sequence[str] = ()) -> Iterable[ReadRow]:
         from automodel.data.demo import iter_demo_rows
 
         for number, row in enumerate(iter_demo_rows(self.split), start=1):
-            fields = {"text": row["prompt"], "label": row["kind"]} if is_classification else row
+            fields = {"text": row["prompt"], "label": row["kind"]} if "text_label" in candidates else row
             yield Row(f"{self.display_name}:{number}", fields)
 
     def identity(self) -> Any:
@@ -64,7 +64,7 @@ class DemoDataset:
     def options(self, model_max_length: int | None) -> PrepareOptions:
         return PrepareOptions(
             limit=self.limit,
-            max_length=shorter(self.max_length, model_max_length),
+            max_length=smaller_limit(self.max_length, model_max_length),
             truncation=self.truncation,
             is_model_limit=model_max_length is not None and model_max_length < self.max_length,
         )
@@ -92,7 +92,7 @@ class _RowKeys:
     def options(self, model_max_length: int | None) -> PrepareOptions:
         return PrepareOptions(
             limit=self.limit,
-            max_length=shorter(self.max_length, model_max_length),
+            max_length=smaller_limit(self.max_length, model_max_length),
             truncation=self.truncation,
             format=self.format,
             columns=self.columns,
@@ -116,7 +116,7 @@ class JsonlDataset(_RowKeys):
         paths = self._paths()
         return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
 
-    def rows(self, *, is_classification: bool) -> Iterable[ReadRow]:
+    def rows(self, *, candidates: Sequence[str] = ()) -> Iterable[ReadRow]:
         start, stop = self._bounds()
         return (row for row, _ in islice(read_files(self._files()), start, stop))
 
@@ -178,7 +178,7 @@ class HFDataset(_RowKeys):
     def display_name(self) -> str:
         return f"{self.path}[{self.split}]"
 
-    def rows(self, *, is_classification: bool) -> Iterable[ReadRow]:
+    def rows(self, *, candidates: Sequence[str] = ()) -> Iterable[ReadRow]:
         return self._named(self._load(streaming=False), first=1)
 
     def stream(self, position: Any = None) -> RowStream:
@@ -225,6 +225,6 @@ class _HubStream(RowStream):
         return [self._done, self._dataset.state_dict()]
 
 
-def shorter(max_length: int, model_max_length: int | None) -> int:
+def smaller_limit(max_length: int, model_max_length: int | None) -> int:
     """Return the smaller of the two; a model that names no limit has none."""
     return max_length if model_max_length is None else min(max_length, model_max_length)

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -28,16 +28,16 @@ class _Draw:
     share: float
     seed: int
 
-    def rows(self, *, is_classification: bool) -> Iterator[ReadRow]:
+    def rows(self, *, candidates: Sequence[str] = ()) -> Iterator[ReadRow]:
         limit = self.source.options(None).limit
-        return islice(self.source.rows(is_classification=is_classification), limit)
+        return islice(self.source.rows(candidates=candidates), limit)
 
     def holds(self, fields: Any) -> bool:
         return not isinstance(fields, BadRow) and self._hash(fields) <= self._largest
 
     @cached_property
     def _largest(self) -> int:
-        rows = self.rows(is_classification=False)
+        rows = self.rows()
         hashes = array("Q", (self._hash(fields) for _, fields in rows if not isinstance(fields, BadRow)))
         num_chosen = max(1, round(self.share * len(hashes)))
         if len(hashes) <= num_chosen:
@@ -66,8 +66,8 @@ class PartOfSource:
         name = self.draw.source.display_name
         return f"{name} (validation share)" if self.is_validation else name
 
-    def rows(self, *, is_classification: bool) -> Iterator[ReadRow]:
-        for row in self.draw.rows(is_classification=is_classification):
+    def rows(self, *, candidates: Sequence[str] = ()) -> Iterator[ReadRow]:
+        for row in self.draw.rows(candidates=candidates):
             if self.draw.holds(row[1]) == self.is_validation:
                 yield row
 

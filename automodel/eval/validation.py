@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from automodel.data.batches.batch import Batch
 from automodel.distributed.parallel.reduce import sum_on_host
 from automodel.distributed.runtime.agreement import StopPoll
-from automodel.losses.cross_entropy import CrossEntropy
+from automodel.eval.metrics import Metrics
+from automodel.losses.cross_entropy import forward_logits
+from automodel.losses.objective import Objective
 from automodel.screen import progress
-from automodel.types import IGNORE_INDEX
 
-Batch = dict[str, torch.Tensor]
-Sums = dict[str, torch.Tensor]
+_TERM = "term/"
 
 
 class Batches(Protocol):
@@ -34,16 +35,15 @@ class Validation:
     """One named validation set and what is measured on it.
 
     Attributes:
-        batches: this rank's; every rank has as many of them.
-        measure: (model, batch) -> sums over the batch's supervised positions, of the same names and shapes on
-            every rank; ``loss_sum`` and ``num_label_tokens`` among them.
-        summarize: all sums over every rank (float64, on the CPU) -> metrics by name.
+        batches: this rank's; every rank has the same number of them.
+        objective: what training minimises; its loss and terms are measured.
+        metrics: what else is measured, from the logits.
     """
 
     name: str
     batches: Batches
-    measure: Callable[[nn.Module, Batch], Sums]
-    summarize: Callable[[Sums], dict[str, float]] = lambda sums: {}
+    objective: Objective
+    metrics: Metrics | None = None
 
 
 @torch.no_grad()
@@ -63,27 +63,62 @@ def validate(
     """
     was_training = model.training
     model.eval()
-    total: Sums = {}
+    objective, total, count, num_label_tokens = validation.objective, {}, 0, 0
     sums_device = torch.device("cpu") if device.type == "mps" else device  # mps has no double precision
     try:
         for batch in _shown(validation):
             if poll is not None:
                 poll.raise_if_agreed()
-            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             with autocast():
-                sums = validation.measure(model, batch)
+                sums = _measure(model, batch, device=device, validation=validation)
             for name, value in sums.items():
                 # In double precision, since the order of the batches must not show, and where they are: a value for
                 # the host would wait for the device after every batch.
                 value = value.detach().to(sums_device).double()
                 total[name] = total[name] + value if name in total else value
+            count, num_label_tokens = count + objective.count(batch), num_label_tokens + batch.num_label_tokens
     finally:
         model.train(was_training)
+    counts = {"count": count, "num_label_tokens": num_label_tokens}
+    total |= {name: torch.tensor(value, dtype=torch.float64, device=sums_device) for name, value in counts.items()}
     total = sum_on_host(total, dp_group)
-    num_label_tokens = int(total["num_label_tokens"])
-    loss = float(total["loss_sum"]) / max(1, num_label_tokens)
-    metrics = {f"metric/{name}": value for name, value in validation.summarize(total).items()}
-    return {"loss": loss, "num_label_tokens": num_label_tokens, **metrics}
+    count = max(1.0, float(total.pop("count")))
+    record = {"loss": float(total.pop("loss")) / count, "num_label_tokens": int(total.pop("num_label_tokens"))}
+    terms = {name.removeprefix(_TERM): float(total.pop(name)) / count for name in list(total) if name.startswith(_TERM)}
+    metrics = {} if validation.metrics is None else validation.metrics.summarize(total)
+    return record | {f"metric/{name}": value for name, value in (terms | metrics).items()}
+
+
+def _measure(
+    model: nn.Module, batch: Batch, *, device: torch.device, validation: Validation
+) -> dict[str, torch.Tensor]:
+    """Return the sums of one batch by name: the objective's and those of the metrics."""
+    metrics = validation.metrics
+    batch = batch.to(device)
+    with _last_logits(model) as seen:
+        result = validation.objective(model, batch)
+    sums = {"loss": result.loss} | {f"{_TERM}{name}": value for name, value in result.terms.items()}
+    if metrics is None:
+        return sums
+    # A loss may call the model otherwise than on the batch as it is, or not at all.
+    is_usable = bool(seen) and seen[-1].shape[0] == batch.labels.shape[0]
+    return sums | metrics.update(seen[-1] if is_usable else forward_logits(model, batch), batch)
+
+
+@contextmanager
+def _last_logits(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collect the logits that ``model`` computes in the block, so that metrics need no forward of their own."""
+    seen: list[torch.Tensor] = []
+
+    def note(_: nn.Module, __: Any, output: Any) -> None:
+        if isinstance(getattr(output, "logits", None), torch.Tensor):
+            seen[:] = [output.logits]
+
+    hook = model.register_forward_hook(note)
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 def _shown(validation: Validation) -> Iterator[Batch]:
@@ -92,42 +127,3 @@ def _shown(validation: Validation) -> Iterator[Batch]:
         for done, batch in enumerate(validation.batches, start=1):
             yield batch
             bar.update(done)
-
-
-def measure_loss(loss_fn: CrossEntropy) -> Callable[[nn.Module, Batch], Sums]:
-    """Return the measure of a language model's validation: its loss alone."""
-
-    def measure(model: nn.Module, batch: Batch) -> Sums:
-        return {"loss_sum": loss_fn(model, batch), "num_label_tokens": (batch["labels"] != IGNORE_INDEX).sum()}
-
-    return measure
-
-
-def measure_classification(loss_fn: CrossEntropy, num_labels: int) -> Callable[[nn.Module, Batch], Sums]:
-    """Return the measure of a classifier's validation: its loss and the confusion matrix [label, prediction]."""
-
-    def measure(model: nn.Module, batch: Batch) -> Sums:
-        loss_sum, logits = loss_fn.with_logits(model, batch)
-        labels = batch["labels"]
-        is_real = labels != IGNORE_INDEX
-        # Rows that do not count go to a cell of their own: picking the others would wait for the device.
-        cells = torch.where(is_real, labels * num_labels + logits.argmax(dim=-1), num_labels**2)
-        counts = torch.zeros(num_labels**2 + 1, dtype=torch.int64, device=labels.device)
-        counts.index_add_(0, cells, torch.ones_like(cells))
-        confusion = counts[:-1].reshape(num_labels, num_labels)
-        return {"loss_sum": loss_sum, "num_label_tokens": is_real.sum(), "confusion": confusion}
-
-    return measure
-
-
-def summarize_classification(sums: Sums) -> dict[str, float]:
-    """Return accuracy and macro F1 from the confusion matrix.
-
-    Macro F1 is the plain mean over the labels that occur as a truth or a prediction, as scikit-learn's
-    ``f1_score(average="macro")`` defines it.
-    """
-    confusion = sums["confusion"]
-    hits, truths, predictions = confusion.diag(), confusion.sum(dim=1), confusion.sum(dim=0)
-    occurs = (truths + predictions) > 0
-    f1 = 2 * hits[occurs] / (truths + predictions)[occurs]
-    return {"accuracy": float(hits.sum() / confusion.sum().clamp(min=1)), "macro_f1": float(f1.mean())}

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from automodel.types import UserError
 
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
     from transformers import PreTrainedModel
-
-Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class LoRA:
     use_dora: bool = False
     modules_to_save: list[str] | None = None
 
-    def apply(self, model: PreTrainedModel, *, task: Task, new_token_ids: Sequence[int] = ()) -> PeftModel:
+    def apply(self, model: PreTrainedModel, *, task: Any, new_token_ids: Sequence[int] = ()) -> PeftModel:
         """Freeze ``model`` and add adapters drawn from torch's global generator; a new classifier head is trained.
 
         Args:
@@ -49,7 +47,7 @@ class LoRA:
         if problems:
             raise UserError(*problems)
         config = LoraConfig(
-            task_type=task,
+            task_type=task.peft_type,
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
@@ -63,6 +61,13 @@ class LoRA:
             return get_peft_model(model, config)
         except ValueError as error:
             raise UserError(f"peft.target_modules={self.target_modules}: {str(error).splitlines()[0]}") from error
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Return whether a model, perhaps wrapped, has PEFT's adapters."""
+    from automodel.distributed.parallel.handle import is_peft_model, unwrap
+
+    return is_peft_model(unwrap(model))
 
 
 def described(model: PeftModel) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from automodel.models.hf import WeightDtype, build_fresh
 
@@ -36,8 +35,8 @@ class DemoModel:
 
         return build_char_tokenizer()
 
-    def build(self, tokenizer: PreTrainedTokenizerBase, *, label_names: Sequence[str] | None = None) -> PreTrainedModel:
-        """Draw fresh weights: a language model, or with labels a classifier."""
+    def build(self, tokenizer: PreTrainedTokenizerBase, *, task: Any) -> PreTrainedModel:
+        """Draw fresh weights from torch's global generator."""
         from transformers import LlamaConfig
 
         config = LlamaConfig(
@@ -57,7 +56,7 @@ class DemoModel:
         return build_fresh(
             config,
             tokenizer,
-            label_names=label_names,
+            task=task,
             dtype=self.dtype,
             attn_implementation=self.attn_implementation,
         )

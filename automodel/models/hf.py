@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -80,8 +80,11 @@ class HFModel:
             self.pretrained_model_name_or_path, revision=self.revision, trust_remote_code=self.trust_remote_code
         )
 
-    def build(self, tokenizer: PreTrainedTokenizerBase, *, label_names: Sequence[str] | None = None) -> PreTrainedModel:
-        """Load the weights on the CPU: a causal language model, or with ``label_names`` a sequence classifier.
+    def build(self, tokenizer: PreTrainedTokenizerBase, *, task: Any) -> PreTrainedModel:
+        """Load the weights on the CPU.
+
+        Args:
+            task: the Task that says which class of transformers loads them.
 
         Raises:
             UserError: nothing loadable is there, or a weight of the checkpoint or of the model has no partner
@@ -89,10 +92,9 @@ class HFModel:
         """
         options = self._options()
         try:
-            config = self.config()
-            model, report = _auto_class(label_names).from_pretrained(
+            model, report = task.auto_class().from_pretrained(
                 self.pretrained_model_name_or_path,
-                config=_with_labels(config, label_names, tokenizer),
+                config=_configured(self.config(), task, tokenizer),
                 dtype=torch_dtype(self.dtype),
                 attn_implementation=self.attn_implementation,
                 use_safetensors=True,
@@ -104,14 +106,12 @@ class HFModel:
             raise UserError(
                 f"model.pretrained_model_name_or_path={self.pretrained_model_name_or_path}: {_first_line(error)}"
             ) from error
-        require_complete(self.pretrained_model_name_or_path, report, has_new_head=label_names is not None, model=model)
+        require_complete(self.pretrained_model_name_or_path, report, has_new_head=task.has_new_head, model=model)
         if self.resize_embeddings:
             _enlarge_embeddings(model, len(tokenizer))
         return model
 
-    def build_unfilled(
-        self, tokenizer: PreTrainedTokenizerBase, *, label_names: Sequence[str] | None = None
-    ) -> PreTrainedModel:
+    def build_unfilled(self, tokenizer: PreTrainedTokenizerBase, *, task: Any) -> PreTrainedModel:
         """Build the same model from its configuration alone; its weights are still to be put in.
 
         Raises:
@@ -119,12 +119,12 @@ class HFModel:
         """
         from transformers import GenerationConfig
 
-        config = _with_labels(self.config(), label_names, tokenizer)
+        config = _configured(self.config(), task, tokenizer)
         if self.resize_embeddings:
             text_config = config.get_text_config()
             text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
         try:
-            model = _auto_class(label_names).from_config(
+            model = task.auto_class().from_config(
                 config,
                 dtype=torch_dtype(self.dtype),
                 attn_implementation=self.attn_implementation,
@@ -185,8 +185,8 @@ class ScratchModel:
         """Load the tokenizer whose vocabulary the model gets."""
         return _load_tokenizer(self.tokenizer_name_or_path, revision=None, trust_remote_code=self.trust_remote_code)
 
-    def build(self, tokenizer: PreTrainedTokenizerBase, *, label_names: Sequence[str] | None = None) -> PreTrainedModel:
-        """Draw the weights from torch's global generator: a language model, or with labels a classifier."""
+    def build(self, tokenizer: PreTrainedTokenizerBase, *, task: Any) -> PreTrainedModel:
+        """Draw the weights from torch's global generator."""
         from transformers import AutoConfig
 
         values = dict(self.config)
@@ -197,7 +197,7 @@ class ScratchModel:
         return build_fresh(
             config,
             tokenizer,
-            label_names=label_names,
+            task=task,
             dtype=self.dtype,
             attn_implementation=self.attn_implementation,
         )
@@ -224,7 +224,7 @@ def build_fresh(
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    label_names: Sequence[str] | None,
+    task: Any,
     dtype: WeightDtype,
     attn_implementation: str | None,
 ) -> PreTrainedModel:
@@ -232,8 +232,8 @@ def build_fresh(
     for name in ("bos_token_id", "eos_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     config.pad_token_id = pad_token_id(tokenizer)
-    return _auto_class(label_names).from_config(
-        _with_labels(config, label_names, tokenizer),
+    return task.auto_class().from_config(
+        _configured(config, task, tokenizer),
         dtype=torch_dtype(dtype),
         attn_implementation=attn_implementation,
     )
@@ -253,9 +253,7 @@ def held_in(source: Any, dtype: torch.dtype) -> Any:
     return source
 
 
-def build_unfilled(
-    source: Any, tokenizer: PreTrainedTokenizerBase, *, label_names: Sequence[str] | None, device: str
-) -> PreTrainedModel:
+def build_unfilled(source: Any, tokenizer: PreTrainedTokenizerBase, *, task: Any, device: str) -> PreTrainedModel:
     """Build the model of ``source`` on ``device`` without loading weights; on ``meta`` it takes no memory.
 
     Its weights mean nothing; what is computed from the configuration (rotary frequencies) is right on ``cpu``.
@@ -268,7 +266,7 @@ def build_unfilled(
 
     with torch.device(device), no_init_weights():
         build = source.build_unfilled if isinstance(source, HFModel) else source.build
-        model = build(tokenizer, label_names=label_names)
+        model = build(tokenizer, task=task)
     model.tie_weights()  # which is left out along with the drawing of weights
     return model
 
@@ -322,20 +320,8 @@ def _load_tokenizer(path: str, *, revision: str | None, trust_remote_code: bool)
         raise UserError(f"the tokenizer of {path} cannot be loaded: {_first_line(error)}") from error
 
 
-def _auto_class(label_names: Sequence[str] | None) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    return AutoModelForCausalLM if label_names is None else AutoModelForSequenceClassification
-
-
-def _with_labels(
-    config: PreTrainedConfig, label_names: Sequence[str] | None, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedConfig:
-    if label_names is not None:
-        config.id2label = dict(enumerate(label_names))
-        config.label2id = {name: index for index, name in enumerate(label_names)}
-        config.problem_type = "single_label_classification"
-        config.pad_token_id = pad_token_id(tokenizer)
+def _configured(config: PreTrainedConfig, task: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    task.configure(config, tokenizer)
     return config
 
 

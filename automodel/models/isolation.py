@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    Batch = dict[str, torch.Tensor]
+    Batch = Any  # of data/batches, a neighbour of this room
 
 # Of different and odd lengths, and two rows, so that one of them is padded. Short: every model can take them.
 DOCUMENT_LENGTHS = ((5, 8, 6), (3, 4))
@@ -114,7 +114,7 @@ def _logits_by_document(
 ) -> list[torch.Tensor]:
     """Return the logits [T of the document, V] of every document, padded tails among them, in their order."""
     borders = (batch["position_ids"].flatten() == 0).nonzero()[1:, 0]
-    logits_BTV = forward(model, {name: tensor.to(device) for name, tensor in batch.items()})
+    logits_BTV = forward(model, batch.to(device))
     return list(logits_BTV.flatten(0, 1).float().cpu().tensor_split(borders))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from automodel.distributed.runtime.agreement import on_every_rank, picklable_error
 from automodel.logs import get_logger
-from automodel.models.adapters import LoRA, Task
+from automodel.models.adapters import LoRA
 from automodel.models.embeddings import new_token_ids
 from automodel.models.hf import HFModel, build_unfilled, require_complete
 from automodel.types import UserError
@@ -59,7 +59,7 @@ class UnfilledModel:
     model: PreTrainedModel
     places: dict[str, _Place]
 
-    def adapted(self, adapters: LoRA | None, *, task: Task) -> nn.Module:
+    def adapted(self, adapters: LoRA | None, *, task: Any) -> nn.Module:
         """Return the model with adapters, which are drawn as for a model that is loaded; its own weights stay meta."""
         if adapters is None:
             return self.model
@@ -92,7 +92,7 @@ class UnfilledModel:
 
 
 def unfilled_model(
-    source: Any, tokenizer: PreTrainedTokenizerBase, *, label_names: Sequence[str] | None, adapters: Any
+    source: Any, tokenizer: PreTrainedTokenizerBase, *, task: Any, adapters: Any
 ) -> UnfilledModel | None:
     """Build the model of ``source`` without weights, to be filled once it is sharded; every rank must call it.
 
@@ -101,7 +101,7 @@ def unfilled_model(
 
     Args:
         source: what the ``model`` section builds, on every rank the same.
-        label_names: of a sequence classifier; None: a causal language model.
+        task: the Task of the model.
         adapters: what the ``peft`` section builds.
 
     Raises:
@@ -111,7 +111,7 @@ def unfilled_model(
         return None
     unfilled, reason, failure = None, None, None
     try:
-        unfilled = _prepare(source, tokenizer, label_names=label_names, adapters=adapters)
+        unfilled = _prepare(source, tokenizer, task=task, adapters=adapters)
     except UserError as error:
         failure = error
     except _MustLoadWhole as error:
@@ -127,9 +127,7 @@ def unfilled_model(
     return unfilled
 
 
-def _prepare(
-    source: HFModel, tokenizer: PreTrainedTokenizerBase, *, label_names: Sequence[str] | None, adapters: Any
-) -> UnfilledModel:
+def _prepare(source: HFModel, tokenizer: PreTrainedTokenizerBase, *, task: Any, adapters: Any) -> UnfilledModel:
     for each, known in ((source, (HFModel,)), (adapters, (LoRA, type(None)))):
         if type(each) not in known:
             raise _MustLoadWhole(f"what {type(each).__name__} does with the weights is not known")
@@ -139,11 +137,11 @@ def _prepare(
         raise _MustLoadWhole("its embeddings get new rows")
     files = _weight_files(source)
     with torch.random.fork_rng(devices=[]), _parameters_on_meta():
-        model = build_unfilled(source, tokenizer, label_names=label_names, device="cpu").eval()
+        model = build_unfilled(source, tokenizer, task=task, device="cpu").eval()
     _require_plain(model)
     shapes = _shapes_in(files)
     places = _places_by_name(model, shapes)
-    _require_same(source, model, shapes, places, has_new_head=label_names is not None)
+    _require_same(source, model, shapes, places, has_new_head=task.has_new_head)
     tied = model.all_tied_weights_keys
     of_tied: dict[str, _Place] = {}
     for name in model.state_dict().keys() & places.keys():

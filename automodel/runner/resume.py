@@ -34,8 +34,8 @@ class Start:
     metrics_size: int = 0
     applied: list[Change] = field(default_factory=list)
 
-    def tell(self, step: int) -> None:
-        """Log where the run continues, and what is used from there on."""
+    def log_changes(self, step: int) -> None:
+        """Log where the run resumes, and which changes apply from there on."""
         log.info("resumed from %s, at step %d", self.checkpoint, step)
         for change in self.applied:
             log.info("%s; used from step %d on", change, step + 1)

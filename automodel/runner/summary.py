@@ -3,38 +3,51 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
-from automodel.distributed.parallel.handle import is_peft_model, unwrap
 from automodel.logs import get_logger
-from automodel.train.loop import TrainLoop
+from automodel.models.adapters import is_adapted
 
 if TYPE_CHECKING:
-    from automodel.runner.job import Job
+    from automodel.runner.assembly import Assembly
 
 log = get_logger(__name__)
 
+_NEXT_AFTER_DEMO = (
+    "python -m automodel.run model=hf model.pretrained_model_name_or_path=DIR_OR_HUB_ID dataset=jsonl "
+    "dataset.path=YOUR_ROWS.jsonl",
+    "python -m automodel.run launch.nproc_per_node=2 distributed=fsdp2 step_scheduler.local_batch_size=16",
+    "python -m automodel.run --help",
+)
 
-def log_plan(job: Job, loop: TrainLoop, *, num_rows: int | None, num_parameters: int) -> None:
-    """Say what is about to be trained, on what and for how long."""
-    cfg, info, steps = job.cfg.step_scheduler, job.dist_info, loop.steps
+
+def log_plan(parts: Assembly, *, output: str, is_evaluation_due: bool | None = None) -> None:
+    """Print what will be trained, on what and for how long.
+
+    Args:
+        output: where the run is written.
+        is_evaluation_due: whether an evaluation comes before the first step; None: as in a fresh run.
+    """
+    job, steps, num_rows = parts.job, parts.steps, parts.data.num_rows
+    cfg, info, has_checkpoints = job.cfg.step_scheduler, job.dist_info, job.cfg.checkpoint.enabled
     accumulation = cfg.global_batch_size // (cfg.local_batch_size * job.dp.size)
-    trained = sum(p.numel() for p in loop.model.parameters() if p.requires_grad)
-    saves = steps.count(steps.ckpt_interval) if loop.checkpointer else 0
-    is_first_due = loop.is_evaluation_due and steps.step == 0
-    evaluations = steps.count(steps.val_interval) + is_first_due if loop.evaluators else 0
-    by_clock = ", and every minute or so" if loop.checkpointer and steps.saves_by_clock else ""
+    all_parameters, trained = (
+        sum(p.numel() for p in parts.model.parameters() if p.requires_grad or not only) for only in (False, True)
+    )
+    is_due = parts.begins_with_evaluation if is_evaluation_due is None else is_evaluation_due
+    is_first_due = is_due and steps.step == 0
+    evaluations = steps.count(steps.val_interval) + is_first_due if parts.validation is not None else 0
+    saves = steps.count(steps.ckpt_interval) if has_checkpoints else 0
+    by_clock = ", and every minute or so" if has_checkpoints and steps.saves_by_clock else ""
     lines = {
         "recipe": job.cfg.recipe.name,
         "devices": f"{info.world_size} x {info.device.type} ({info.backend})",
         "strategy": job.strategy.name,
-        "parameters": f"{num_parameters:,}, of which {trained:,} are trained",
+        "parameters": f"{all_parameters:,}, of which {trained:,} are trained",
         "precision": str(job.precision),
         "rows": "a stream" if num_rows is None else f"{num_rows:,}",
         "global batch": f"{cfg.global_batch_size} = {cfg.local_batch_size} local x {accumulation} accumulated "
@@ -42,7 +55,7 @@ def log_plan(job: Job, loop: TrainLoop, *, num_rows: int | None, num_parameters:
         "steps": f"{steps.total_steps:,}" + (f" ({steps.steps_per_epoch:,} an epoch)" if steps.steps_per_epoch else ""),
         "evaluations": str(evaluations),
         "saves": f"{saves}{by_clock}",
-        "output": str(job.run_dir.path),
+        "output": output,
     }
     table = Table(show_header=False)
     for name, value in lines.items():
@@ -50,32 +63,16 @@ def log_plan(job: Job, loop: TrainLoop, *, num_rows: int | None, num_parameters:
     log.info("the plan\n%s", as_text(table))
 
 
-def log_where_and_next(job: Job, model: nn.Module, *, next_steps: Sequence[str] = ()) -> None:
-    """End the screen with where everything lies, how the trained ``model`` is loaded, and what to try next."""
-    folder = job.run_dir.path
+def log_where_and_next(parts: Assembly, folder: Path) -> None:
+    """End the screen with where the files are, how the model is loaded, and what to try next."""
     lines = []
-    if job.cfg.export.enabled:
-        lines += [f"the model: {folder / 'model'}", f"  in Python: {_how_to_load(model, folder / 'model')}"]
+    if parts.job.cfg.export.enabled:
+        code = parts.data.task.loading_code((folder / "model").resolve(), is_adapter=is_adapted(parts.model))
+        lines += [f"the model: {folder / 'model'}", f"  in Python: {code}"]
     lines += [f"metrics: {folder / 'metrics.jsonl'}", f"everything else: {folder}"]
-    if next_steps:
-        lines += ["next:", *(f"  {step}" for step in next_steps)]
+    if parts.source.name == "demo":
+        lines += ["next:", *(f"  {step}" for step in _NEXT_AFTER_DEMO)]
     log.info("done\n%s", "\n".join(lines))
-
-
-def _how_to_load(model: nn.Module, folder: Path) -> str:
-    """Return the Python that loads ``folder``, which holds what was exported of ``model``."""
-    unwrapped = unwrap(model)
-    base = unwrapped.get_base_model() if is_peft_model(unwrapped) else unwrapped
-    is_classifier = type(base).__name__.endswith("ForSequenceClassification")
-    auto_class = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
-    options = ""
-    if is_peft_model(unwrapped):
-        auto_class = auto_class.replace("AutoModel", "AutoPeftModel")
-        options = f", num_labels={unwrapped.config.num_labels}" if is_classifier else ""
-    library = "peft" if is_peft_model(unwrapped) else "transformers"
-    return (
-        f"from {library} import {auto_class}; model = {auto_class}.from_pretrained({str(folder.resolve())!r}{options})"
-    )
 
 
 def as_text(table: Table) -> str:

@@ -1,12 +1,11 @@
-"""The rows of a language model's recipe, from the configuration: one source, a mixture, or a stream."""
+"""The rows that a recipe trains and is validated on, from the configuration: one source, a mixture, or a stream."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from automodel.config import Config
@@ -16,43 +15,49 @@ from automodel.data.batches.stream import Stream, StreamLoader
 from automodel.data.batches.train_set import TrainSet, build_train_set
 from automodel.data.chat.stops import Stops
 from automodel.data.prepare.cache import hash_of
-from automodel.data.prepare.checks import Problem, data_problems, settle
-from automodel.data.prepare.load import load_sft
-from automodel.data.prepare.prepared import SFTRows
-from automodel.data.prepare.preparers import SFTPreparer, choose_first, set_template, tell_skipped
-from automodel.data.sources import shorter
+from automodel.data.prepare.checks import Problem, data_problems
+from automodel.data.prepare.load import load_rows
+from automodel.data.prepare.prepared import PreparedRows
+from automodel.data.prepare.preparers import RowPreparer, choose_first, set_template, tell_skipped
+from automodel.data.sources import smaller_limit
 from automodel.data.validation_share import split_off
-from automodel.distributed.runtime.first_rank import FirstRankPerNode, node_group
 from automodel.logs import get_logger, warn_for_all
 from automodel.models.embeddings import require_embeddings
-from automodel.models.hf import pad_token_id
-from automodel.runner.job import Job, build
+from automodel.models.hf import head_labels, pad_token_id
+from automodel.runner.build import build
+from automodel.types import UserError
+
+if TYPE_CHECKING:
+    from automodel.runner.job import Job
+    from automodel.tasks.task import Task
 
 log = get_logger(__name__)
 
 SAMPLE_ROWS = 200
-"""Rows of a stream that are looked at before training."""
+"""Rows of a stream that are checked before training."""
 
 
 @dataclass(frozen=True)
-class SFTData:
+class TrainingData:
     """What a run trains and is validated on.
 
     Attributes:
+        task: fitted to the rows.
         sources: the rows of every training source by name; of a stream, only its first rows.
         train_set: None for a stream.
         pack_length: the tokens of a pack, or None.
     """
 
     cfg: Config
-    sources: dict[str, SFTRows]
-    validation: SFTRows | None
+    task: Task
+    sources: dict[str, PreparedRows]
+    validation: PreparedRows | None
     train_set: TrainSet | None
     stream: Stream | None
     pack_length: int | None
 
     @property
-    def _sets(self) -> list[SFTRows]:
+    def _sets(self) -> list[PreparedRows]:
         return [*self.sources.values(), *([self.validation] if self.validation is not None else [])]
 
     @property
@@ -79,40 +84,42 @@ class SFTData:
 
     def loader(self, job: Job, collate: Collate) -> Loader:
         """Return the loader of this rank; every rank must call it."""
-        cfg = self.cfg
+        import torch.distributed as dist
+
+        from automodel.data.batches.loader import TrainLoader
+        from automodel.distributed.runtime.first_rank import node_group
+
+        cfg, train_set = self.cfg, self.train_set
+        place = {"dp_rank": job.dp.rank, "dp_size": job.dp.size, "pin_memory": job.dist_info.device.type == "cuda"}
         if self.stream is not None:
             return StreamLoader(
                 self.stream,
                 collate=collate,
                 local_batch_size=cfg.step_scheduler.local_batch_size,
-                dp_rank=job.dp.rank,
-                dp_size=job.dp.size,
                 node_group=node_group() if dist.get_world_size() > 1 else None,
                 num_workers=cfg.dataloader.num_workers,
-                pin_memory=job.dist_info.device.type == "cuda",
+                **place,
             )
-        train_set = self.train_set
-        return job.loader(
+        return TrainLoader(
             train_set.items,
             collate=collate,
+            global_batch_size=cfg.step_scheduler.global_batch_size,
+            local_batch_size=cfg.step_scheduler.local_batch_size,
+            seed=cfg.rng.seed,
+            num_epochs=cfg.step_scheduler.num_epochs,
             lengths=train_set.lengths,
             draw=train_set.draw,
             num_drawn=train_set.num_drawn,
+            **cfg.dataloader.model_dump(),
+            **place,
         )
 
 
-def prepare_sft_data(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> SFTData:
-    """Prepare the rows once per node, and look at them as ``data_checks`` says; every rank must call it."""
-    with FirstRankPerNode():
-        data = load_sft_data(job.cfg, model, tokenizer)
-    settle(data.problems(), job.cfg.data_checks)
-    return data
-
-
-def load_sft_data(cfg: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> SFTData:
+def load_data(cfg: Config, task: Task, model: Any, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
     """Prepare the rows that ``cfg`` names, or take them from the cache.
 
     Args:
+        task: the recipe's, perhaps still to be fitted to the rows.
         model: what the ``model`` section builds.
     """
     limit = model.max_length()
@@ -120,35 +127,46 @@ def load_sft_data(cfg: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -
     mixture = source if isinstance(source, MixtureDataset) else None
     parts = mixture.parts() if mixture is not None else {source.display_name: source}
     if source.streaming:
+        if not task.can_stream:
+            raise UserError("dataset.streaming=true: this recipe must know all rows and their labels first")
         parts = {name: dataclasses.replace(part, limit=SAMPLE_ROWS) for name, part in parts.items()}
-    rows = _load_parts(parts, tokenizer, limit)
-    pack_length = _pack_length(cfg, limit)
-    validation = set_aside or build(cfg.validation_dataset)
-    validation_rows = None if validation is None else load_sft(validation, tokenizer, model_max_length=limit)
-    sets = [*rows.values(), *([] if validation_rows is None else [validation_rows])]
+    rows = _load_parts(parts, tokenizer, task, limit)
+    aside = None if set_aside is None else load_rows(
+        set_aside, tokenizer, task, model_max_length=limit, keeps_prompts=True
+    )  # fmt: skip
+    task = task.fitted([*rows.values(), *([] if aside is None else [aside])], head_labels=head_labels(model))
+    rows = {name: dataclasses.replace(each, task=task) for name, each in rows.items()}
+    validation = None if aside is None else dataclasses.replace(aside, task=task)
+    if validation is None and cfg.validation_dataset is not None:
+        source_of_validation = build(cfg.validation_dataset)
+        validation = load_rows(source_of_validation, tokenizer, task, model_max_length=limit, keeps_prompts=True)
+    sets = [*rows.values(), *([] if validation is None else [validation])]
     largest_id = len(tokenizer) - 1 if source.streaming else max(each.counts.largest_id for each in sets)
     require_embeddings(model, tokenizer, largest_id=max(largest_id, pad_token_id(tokenizer)))
-    return SFTData(
+    pack_length = _pack_length(cfg, limit)
+    is_stream = source.streaming
+    return TrainingData(
         cfg=cfg,
+        task=task,
         sources=rows,
-        validation=validation_rows,
+        validation=validation,
         train_set=None
-        if source.streaming
+        if is_stream
         else build_train_set(rows, pack_length=pack_length, mixture=mixture, seed=cfg.rng.seed),
-        stream=_stream(cfg, source, tokenizer, limit, pack_length, rows) if source.streaming else None,
+        stream=_stream(cfg, source, tokenizer, task, limit, pack_length, rows) if is_stream else None,
         pack_length=pack_length,
     )
 
 
 def _load_parts(
-    parts: dict[str, Any], tokenizer: PreTrainedTokenizerBase, model_max_length: int | None
-) -> dict[str, SFTRows]:
+    parts: dict[str, Any], tokenizer: PreTrainedTokenizerBase, task: Task, model_max_length: int | None
+) -> dict[str, PreparedRows]:
     """Prepare every source with its own chat template; the tokenizer keeps that of the first which has one."""
     own_template = tokenizer.chat_template
     rows, templates = {}, {}
     for name, part in parts.items():
         tokenizer.chat_template = own_template
-        rows[name] = load_sft(part, tokenizer, model_max_length=model_max_length, keeps_prompts=False)
+        rows[name] = load_rows(part, tokenizer, task, model_max_length=model_max_length)
         tell_skipped(rows[name].name, rows[name].counts)
         if rows[name].is_conversation:
             templates[name] = tokenizer.chat_template
@@ -162,23 +180,24 @@ def _load_parts(
 def _pack_length(cfg: Config, model_max_length: int | None) -> int | None:
     if not cfg.packing.enabled:
         return None
-    return shorter(cfg.packing.max_length or cfg.dataset.get("max_length", 2048), model_max_length)
+    return smaller_limit(cfg.packing.max_length or cfg.dataset.get("max_length", 2048), model_max_length)
 
 
 def _stream(
     cfg: Config,
     source: Any,
     tokenizer: PreTrainedTokenizerBase,
+    task: Task,
     limit: int | None,
     pack_length: int | None,
-    sample: dict[str, SFTRows],
+    sample: dict[str, PreparedRows],
 ) -> Stream:
     options = source.options(limit)
-    row_format = choose_first(source.stream(), options, is_classification=False)
+    row_format = choose_first(source.stream(), options, candidates=task.formats)
     set_template(tokenizer, row_format.name, options)
     return Stream(
         source,
-        SFTPreparer(tokenizer, row_format, options, keeps_prompts=False),
+        RowPreparer(tokenizer, row_format, options, task, keeps_prompts=False),
         options,
         seed=cfg.rng.seed,
         global_batch_size=cfg.step_scheduler.global_batch_size,

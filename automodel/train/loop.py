@@ -11,25 +11,20 @@ from typing import Any, Literal, NoReturn
 import torch
 
 from automodel.checkpoint.training import Checkpointer, TrainState
+from automodel.data.batches.batch import Batch
 from automodel.data.batches.loader import Loader
 from automodel.distributed.runtime.agreement import CutShort, StopPoll, collective_timeout, set_collective_timeout
 from automodel.distributed.runtime.waits import to_host
 from automodel.distributed.runtime.watchdog import set_phase
 from automodel.loggers.fanout import MetricSink
 from automodel.logs import get_logger, warn_for_all
+from automodel.losses.objective import Objective
 from automodel.screen import progress
 from automodel.train.meter import Meter
 from automodel.train.rng import rng_state, set_rng_state
 from automodel.train.save_clock import SaveClock
 from automodel.train.signals import StopRequest
-from automodel.train.step import (
-    Batch,
-    LossFn,
-    StepConfig,
-    StepResult,
-    train_step,
-    warm_up_buckets,
-)
+from automodel.train.step import StepConfig, StepResult, train_step, warm_up_buckets
 from automodel.train.step_scheduler import StepScheduler
 from automodel.types import RunError
 
@@ -85,7 +80,7 @@ class TrainLoop:
     """
 
     model: torch.nn.Module
-    loss_fn: LossFn
+    objective: Objective
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     steps: StepScheduler
@@ -101,6 +96,7 @@ class TrainLoop:
     on_non_finite: Literal["stop", "skip"]
     dump_folder: Path
     is_evaluation_due: bool = False
+    _has_trained: bool = field(default=False, init=False)
     _unread: tuple[int, StepResult, list[Batch]] | None = field(default=None, init=False)
     _save_clock: SaveClock = field(default_factory=SaveClock, init=False)
     _last_loss: float = field(default=float("nan"), init=False)
@@ -155,7 +151,7 @@ class TrainLoop:
                 warm_up_buckets(
                     self.model,
                     micro_batches[0],
-                    loss_fn=self.loss_fn,
+                    objective=self.objective,
                     optimizer=self.optimizer,
                     config=self.step_config,
                 )
@@ -190,12 +186,14 @@ class TrainLoop:
         result = train_step(
             self.model,
             micro_batches,
-            loss_fn=self.loss_fn,
+            objective=self.objective,
             optimizer=self.optimizer,
             config=self.step_config,
+            is_first=not self._has_trained,
             wants_stop=stop.is_set or (self.checkpointer is not None and self.checkpointer.must_stop),
             wants_save=self._is_save_due_by_clock(),
         )
+        self._has_trained = True
         self.lr_scheduler.step()
         self.steps.step += 1
         self.meter.count(result.num_tokens, result.sum_squared_lengths)
@@ -219,7 +217,7 @@ class TrainLoop:
             return
         rank = torch.distributed.get_rank()
         dump = self.dump_folder / f"non_finite_step_{step}_rank_{rank}.pt"
-        torch.save(micro_batches, dump)
+        torch.save([dict(batch) for batch in micro_batches], dump)
         raise NonFiniteError(
             f"{what}; not finite, so no weight was changed. This rank's batch is in {dump}. What often helps: a "
             "smaller optimizer.lr or a longer lr_scheduler.warmup_steps, distributed.mixed_precision=float32, and "
@@ -227,7 +225,8 @@ class TrainLoop:
         )
 
     def _log(self, result: StepResult, lr: float) -> None:
-        loss = to_host(result.loss_sum) / max(1, result.num_label_tokens)
+        count = max(1, result.count)
+        loss = to_host(result.loss_sum) / count
         self._last_loss = loss
         record = {
             "kind": "train",
@@ -238,13 +237,15 @@ class TrainLoop:
             "lr": lr,
             "num_label_tokens": result.num_label_tokens,
             "num_tokens": result.num_tokens,
+            **{f"metric/{name}": to_host(value) / count for name, value in result.terms.items()},
             **self.meter.read(),
             "timestamp": _now(),
         }
         self.sink.log(record)
+        terms = "".join(f"{name} {record[f'metric/{name}']:.4f}  " for name in result.terms)
         log.info(
-            "step %d/%d  loss %.4f  grad norm %.3f  lr %.2e  %.0f tokens/s",
-            self.steps.step, self.steps.total_steps, loss, record["grad_norm"], lr, record["tokens_per_sec"],
+            "step %d/%d  loss %.4f  %sgrad norm %.3f  lr %.2e  %.0f tokens/s",
+            self.steps.step, self.steps.total_steps, loss, terms, record["grad_norm"], lr, record["tokens_per_sec"],
         )  # fmt: skip
 
     def _evaluate_and_save(self, poll: StopPoll, result: StepResult) -> None:

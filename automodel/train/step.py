@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from automodel.data.batches.batch import Batch
 from automodel.distributed.parallel.gradients import (
     clip_coefficient,
     mean_scale,
@@ -22,12 +23,11 @@ from automodel.distributed.parallel.gradients import (
 from automodel.distributed.parallel.handle import find_wrapper
 from automodel.distributed.parallel.reduce import sum_losses
 from automodel.distributed.parallel.sync import get_sync_ctx
+from automodel.distributed.runtime.agreement import on_every_rank
 from automodel.distributed.runtime.waits import to_host, wait_for, wait_for_event
+from automodel.losses.objective import Objective, Sums
 from automodel.train.rng import rng_state, set_rng_state
-from automodel.types import IGNORE_INDEX
-
-Batch = dict[str, torch.Tensor]
-LossFn = Callable[[nn.Module, Batch], torch.Tensor]
+from automodel.types import RunError
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,12 @@ class DeferredFlag:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave, global over all ranks; ``loss_sum`` and ``grad_norm`` stay on the device.
+    """The outcome of a step, global over all ranks; ``loss_sum``, ``terms`` and ``grad_norm`` stay on the device.
 
     Attributes:
+        terms: the objective's further sums, by name.
         grad_norm: of the gradient of the mean loss, before clipping.
+        count: what the sums are divided by.
         is_bad: whether the loss or the norm was not finite, so that no weight changed.
         sum_squared_lengths: of the documents, packed or padded; the padded tail of a pack counts as one.
         num_stop_requests: ranks that asked to stop after this step.
@@ -80,6 +82,8 @@ class StepResult:
     loss_sum: torch.Tensor
     grad_norm: torch.Tensor
     is_bad: DeferredFlag
+    terms: dict[str, torch.Tensor]
+    count: int
     num_label_tokens: int
     num_tokens: int
     sum_squared_lengths: int
@@ -91,34 +95,51 @@ def train_step(
     model: nn.Module,
     micro_batches: Sequence[Batch],
     *,
-    loss_fn: LossFn,
+    objective: Objective,
     optimizer: torch.optim.Optimizer,
     config: StepConfig,
+    is_first: bool = False,
     wants_stop: bool = False,
     wants_save: bool = False,
 ) -> StepResult:
-    """Take one optimizer step over ``micro_batches``; every rank must call it with as many of them.
+    """Take one optimizer step over ``micro_batches``; every rank must call it with the same number of them.
 
-    The model's gradients become those of (global loss sum / global number of supervised tokens), whatever
-    averaging the wrapper did, then are clipped. A step without any supervised token, or whose loss or norm is
-    not finite, changes no weight on any rank.
+    The gradients become those of (global loss sum / global count), whatever averaging the wrapper did, and are
+    clipped. A step whose count is 0, or whose loss or norm is not finite, changes no weight on any rank.
+
+    Args:
+        is_first: compare the names of the objective's terms between the ranks, before they are summed.
     """
     # On the host, where gloo sums them over the ranks while the backward runs: the device is never waited for.
     # Over all ranks, also those of a tensor-parallel group, which count the same rows: they must all stop or save.
-    counts = torch.tensor([*_count_tokens(micro_batches), int(wants_stop), int(wants_save)], dtype=torch.int64)
+    counts = torch.tensor(
+        [
+            sum(map(objective.count, micro_batches)),
+            sum(batch.num_label_tokens for batch in micro_batches),
+            sum(batch.num_tokens for batch in micro_batches),
+            sum(batch.sum_squared_lengths for batch in micro_batches),
+            int(wants_stop),
+            int(wants_save),
+        ],
+        dtype=torch.int64,
+    )
     counts_ready = dist.all_reduce(counts, async_op=True)
 
-    losses = []
+    results = []
     for index, batch in enumerate(micro_batches):
         is_last = index == len(micro_batches) - 1
-        batch = {name: tensor.to(config.device, non_blocking=True) for name, tensor in batch.items()}
+        batch = batch.to(config.device)
         with get_sync_ctx(model, is_last, config.defer_grad_sync):
             with config.autocast():
-                loss_sum = loss_fn(model, batch)
-            loss_sum.backward()
-        losses.append(loss_sum.detach())
+                sums = objective(model, batch)
+            sums.loss.backward()
+        results.append(_detached(sums))
 
-    loss_sum = sum_losses(losses, device=config.device, dp_group=config.dp_group)
+    if is_first:
+        _require_same_terms(results)
+    names = sorted(results[0].terms)
+    losses = [[each.loss for each in results], *([each.terms[name] for each in results] for name in names)]
+    loss_sum, *terms = sum_losses(losses, device=config.device, dp_group=config.dp_group)
     wait_for(counts_ready)
     counts[:-2] //= dist.get_world_size() // dist.get_world_size(config.dp_group)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -131,15 +152,30 @@ def train_step(
     scale_gradients_(parameters, scale * clip_coefficient(grad_norm, config.clip_norm))
 
     is_bad = 1.0 - (torch.isfinite(loss_sum) & torch.isfinite(grad_norm)).float()
-    num_label_tokens, *others = counts.tolist()
-    if num_label_tokens:
+    count, *others = counts.tolist()
+    if count:
         _step_unless(optimizer, is_bad)
     zero_gradients(model, optimizer)
-    return StepResult(loss_sum, grad_norm, DeferredFlag(is_bad), num_label_tokens, *others)
+    terms_by_name = dict(zip(names, terms, strict=True))
+    return StepResult(loss_sum, grad_norm, DeferredFlag(is_bad), terms_by_name, count, *others)
+
+
+def _detached(sums: Sums) -> Sums:
+    return Sums(sums.loss.detach(), {name: value.detach() for name, value in sums.terms.items()})
+
+
+def _require_same_terms(results: Sequence[Sums]) -> None:
+    """Raise on every rank unless all micro-batches of all ranks have terms of the same names."""
+    own = [sorted(sums.terms) for sums in results]
+    of_all = [own] if dist.get_world_size() == 1 else on_every_rank(own)
+    names = [each for of_rank in of_all for each in of_rank]
+    if any(each != names[0] for each in names):
+        found = " and ".join(sorted({", ".join(each) or "none" for each in names}))
+        raise RunError(f"loss_fn: the terms must have the same names for every batch on every rank; found: {found}")
 
 
 def warm_up_buckets(
-    model: nn.Module, batch: Batch, *, loss_fn: LossFn, optimizer: torch.optim.Optimizer, config: StepConfig
+    model: nn.Module, batch: Batch, *, objective: Objective, optimizer: torch.optim.Optimizer, config: StepConfig
 ) -> None:
     """Have DDP order its buckets before the first step; every rank must call it, with any micro-batch of its own.
 
@@ -151,33 +187,11 @@ def warm_up_buckets(
     if not isinstance(find_wrapper(model), DistributedDataParallel) or dist.get_world_size(config.dp_group) < 3:
         return
     state = rng_state()
-    batch = {name: tensor.to(config.device, non_blocking=True) for name, tensor in batch.items()}
     with config.autocast():
-        loss_sum = loss_fn(model, batch)
-    loss_sum.backward()
+        sums = objective(model, batch.to(config.device))
+    sums.loss.backward()
     zero_gradients(model, optimizer)
     set_rng_state(state)
-
-
-def _count_tokens(micro_batches: Sequence[Batch]) -> tuple[int, int, int]:
-    """Return this rank's (supervised positions, tokens that are not padding, squared lengths), counted on the host.
-
-    A dummy has no supervised position, and its filler token does not count as a token either. A packed batch has no
-    mask and brings its ``num_tokens``.
-    """
-    num_label_tokens = num_tokens = sum_squared_lengths = 0
-    for batch in micro_batches:
-        supervised = int((batch["labels"] != IGNORE_INDEX).sum())
-        num_label_tokens += supervised
-        if "num_tokens" in batch:
-            num_tokens += int(batch["num_tokens"])
-            # 1 + 3 + 5 + ... over the positions of a document is the square of its length
-            sum_squared_lengths += int((2 * batch["position_ids"] + 1).sum())
-        elif supervised:
-            lengths = batch["attention_mask"].sum(dim=-1)
-            num_tokens += int(lengths.sum())
-            sum_squared_lengths += int(lengths.square().sum())
-    return num_label_tokens, num_tokens, sum_squared_lengths
 
 
 def _step_unless(optimizer: torch.optim.Optimizer, is_bad: torch.Tensor) -> None:

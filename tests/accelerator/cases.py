@@ -26,8 +26,10 @@ from automodel.distributed import clip_gradients, rescale_gradients
 from automodel.distributed.parallel.ddp import DDP
 from automodel.distributed.parallel.fsdp2 import FSDP2
 from automodel.distributed.parallel.strategy import data_parallel
-from automodel.eval.validation import Validation, measure_classification, measure_loss, validate
+from automodel.eval.metrics import ConfusionMatrix
+from automodel.eval.validation import Validation, validate
 from automodel.losses.cross_entropy import CrossEntropy
+from automodel.losses.objective import as_objective
 from automodel.optim.optimizers import adamw, parameter_groups
 from automodel.optim.schedules import constant
 from automodel.train.flops import training_flops
@@ -78,16 +80,16 @@ def run(case: Case) -> dict[str, Any]:
         if dist.get_world_size() > 1 and isinstance(case.strategy, DDP):
             model.register_comm_hook(None, given_back)
         optimizer = adamw(parameter_groups(model), lr=1e-3)
-        loss_fn = CrossEntropy()
+        objective = as_objective(CrossEntropy())
         config = StepConfig(info.device, dp.group, True, 1.0, lambda: case.strategy.autocast(info.device))
         records: list[dict[str, Any]] = []
         rows = uneven_rows(NUM_STEPS * MICRO_BATCHES * dp.size)
         if case.is_packed:
             rows = [row | {"position_ids": list(range(len(row["input_ids"])))} for row in rows]
-        validation = Validation("validation", [CausalLMCollator(0)(uneven_rows(2))] * 3, measure_loss(loss_fn))
+        validation = Validation("validation", [CausalLMCollator(0)(uneven_rows(2))] * 3, objective)
         loop = TrainLoop(
             model=model,
-            loss_fn=loss_fn,
+            objective=objective,
             optimizer=optimizer,
             lr_scheduler=constant(optimizer, NUM_STEPS, warmup_steps=0),
             steps=StepScheduler(NUM_STEPS, num_epochs=1, log_every_steps=3),
@@ -128,7 +130,7 @@ def classify() -> dict[str, Any]:
     with pretend.job(1) as info, watch:
         model = on_device(Classifier(), info.device)
         batch = ClassificationCollator(0)([{"input_ids": [1, 2], "labels": 2}, {"input_ids": [3], "labels": 0}])
-        validation = Validation("validation", [batch] * 3, measure_classification(CrossEntropy(), 3))
+        validation = Validation("validation", [batch] * 3, as_objective(CrossEntropy()), ConfusionMatrix(3))
         watch.waits.clear()
         validate(model, validation, device=info.device, dp_group=dist.group.WORLD, autocast=nullcontext)
         return {"waits": [asdict(wait) for wait in watch.waits]}

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from automodel.data.batches.collate import CausalLMCollator
 from automodel.data.batches.loader import TrainLoader
+from automodel.losses.objective import as_objective
 from automodel.losses.cross_entropy import CrossEntropy
 from automodel.models.adapters import LoRA
 from automodel.optim.optimizers import adamw, parameter_groups, sgd
@@ -63,7 +64,7 @@ def run_layout(strategy: str, accumulation: int, defer: bool, task: Task) -> Res
     config = StepConfig(torch.device("cpu"), dp.group, defer, 1.0 if task.is_clipped else None, nullcontext)
     losses, norms = [], []
     for micro_batches in loader.steps_of(0):
-        result = train_step(model, micro_batches, loss_fn=CrossEntropy(), optimizer=optimizer, config=config)
+        result = train_step(model, micro_batches, objective=as_objective(CrossEntropy()), optimizer=optimizer, config=config)
         losses.append((result.loss_sum / max(1, result.num_label_tokens)).item())
         norms.append(result.grad_norm.item())
     weights = {clean_name(n): full(p).detach() for n, p in model.named_parameters() if p.requires_grad}
@@ -124,7 +125,7 @@ def _model(task: Task) -> nn.Module:
     model = AutoModelForCausalLM.from_pretrained(SHARED_DATA / "models" / "stories260k", dtype=torch.float32)
     if not task.is_lora:
         return model
-    model = LoRA(rank=4, alpha=8).apply(model, task="CAUSAL_LM")
+    model = LoRA(rank=4, alpha=8).apply(model, task=CausalLM())
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide what happens to lora_A
             nn.init.normal_(parameter, std=0.02)

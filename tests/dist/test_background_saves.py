@@ -23,6 +23,7 @@ from automodel.checkpoint.staging import HostCopy
 from automodel.checkpoint.training import Checkpointer, SaveError, TrainState, require_whole
 from automodel.data.batches.collate import CausalLMCollator
 from automodel.data.batches.loader import TrainLoader
+from automodel.losses.objective import as_objective
 from automodel.losses.cross_entropy import CrossEntropy
 from automodel.optim.optimizers import adamw, parameter_groups
 from automodel.train.step import StepConfig, train_step
@@ -49,13 +50,13 @@ class Training:
         self.config = StepConfig(torch.device("cpu"), dp.group, True, 1.0, nullcontext)
 
     def step(self) -> None:
-        train_step(self.model, next(self.batches), loss_fn=CrossEntropy(), optimizer=self.optimizer, config=self.config)
+        train_step(self.model, next(self.batches), objective=as_objective(CrossEntropy()), optimizer=self.optimizer, config=self.config)
 
 
 def requests_heard(strategy: str) -> tuple[int, int, int]:
     """Take a step after which rank 0 wants a checkpoint and rank 1 a stop."""
     run, rank = Training(strategy), torch.distributed.get_rank()
-    result = train_step(run.model, next(run.batches), loss_fn=CrossEntropy(), optimizer=run.optimizer,
+    result = train_step(run.model, next(run.batches), objective=as_objective(CrossEntropy()), optimizer=run.optimizer,
                         config=run.config, wants_stop=rank == 1, wants_save=rank == 0)  # fmt: skip
     return result.num_stop_requests, result.num_save_requests, result.num_label_tokens
 

@@ -12,6 +12,9 @@ from automodel.data.batches.collate import PackedCollator
 from automodel.data.batches.loader import TrainLoader
 from automodel.data.batches.packing import PackedRows, pack
 from automodel.distributed.runtime.agreement import run_on_all_ranks
+from dataclasses import replace
+from automodel.losses.objective import as_objective
+from dataclasses import replace
 from automodel.losses.cross_entropy import CrossEntropy, forward_logits
 from automodel.models.isolation import require_isolation
 from automodel.train.step import StepConfig, train_step
@@ -47,7 +50,7 @@ def packed_step(strategy_name: str, local: int) -> tuple[float, float, dict[str,
     )
     catcher = GradientCatcher(model)  # what an optimizer built now would update
     (micro_batches,) = loader.steps_of(0)
-    result = train_step(model, micro_batches, loss_fn=CrossEntropy(), optimizer=catcher, config=config)
+    result = train_step(model, micro_batches, objective=as_objective(CrossEntropy()), optimizer=catcher, config=config)
     loss_mean = (result.loss_sum / result.num_label_tokens).item()
     return loss_mean, result.grad_norm.item(), catcher.caught, (result.num_label_tokens, result.num_tokens)
 
@@ -75,7 +78,7 @@ def isolation_verdict(strategy_name: str, leaks: bool) -> tuple[str, bool]:
 
     def forward(model, batch):
         mask = {"attention_mask": torch.ones_like(batch["input_ids"])} if leaks else {}
-        return forward_logits(model, batch | mask)
+        return forward_logits(model, replace(batch, inputs=batch.inputs | mask))
 
     def check() -> None:
         require_isolation(

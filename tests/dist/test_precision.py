@@ -10,6 +10,7 @@ import torch
 from automodel.data.batches.collate import CausalLMCollator
 from automodel.data.batches.loader import TrainLoader
 from automodel.distributed.parallel.precision import convert_weights_
+from automodel.losses.objective import as_objective
 from automodel.losses.cross_entropy import CrossEntropy
 from automodel.train.step import StepConfig, train_step
 from tests.dist.test_step_parity import GradientCatcher
@@ -51,7 +52,7 @@ def one_step(strategy_name: str, defer: bool) -> dict[str, torch.Tensor]:
     config = StepConfig(device, dp.group, defer, None, partial(strategy.autocast, device))
     catcher = GradientCatcher(model)
     train_step(
-        model, micro_batches_of(dp.rank, dp.size), loss_fn=CrossEntropy(), optimizer=catcher, config=config
+        model, micro_batches_of(dp.rank, dp.size), objective=as_objective(CrossEntropy()), optimizer=catcher, config=config
     )
     return catcher.caught
 

@@ -18,6 +18,7 @@ from automodel.data.batches.collate import CausalLMCollator
 from automodel.data.batches.loader import TrainLoader
 from automodel.distributed.runtime.dist_info import get_store
 from automodel.eval.generation import GenerationEvaluation
+from automodel.losses.objective import as_objective
 from automodel.losses.cross_entropy import CrossEntropy
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.optim.optimizers import adamw, parameter_groups
@@ -42,7 +43,7 @@ def steps(strategy: str, folder: str, *, first: int, last: int) -> tuple[list[fl
     config = StepConfig(torch.device("cpu"), dp.group, True, 1.0, nullcontext)
     losses = []
     for micro_batches in list(loader.steps_of(0))[first:last]:
-        result = train_step(model, micro_batches, loss_fn=CrossEntropy(), optimizer=optimizer, config=config)
+        result = train_step(model, micro_batches, objective=as_objective(CrossEntropy()), optimizer=optimizer, config=config)
         schedule.step()
         losses.append((result.loss_sum / result.num_label_tokens).item())
     weights = {clean_name(name): full(p).detach().clone() for name, p in model.named_parameters()}

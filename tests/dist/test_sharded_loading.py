@@ -22,6 +22,8 @@ from automodel.distributed.parallel.fsdp2 import FSDP2
 from automodel.models.adapters import LoRA
 from automodel.models.hf import HFModel, ScratchModel
 from automodel.models.sharded_loading import unfilled_model
+from automodel.tasks.causal_lm import CausalLM
+from automodel.tasks.sequence_classification import SequenceClassification
 from automodel.types import UserError
 from tests.dist.pool import RankPool
 from tests.dist.tiny import cpu_info
@@ -55,18 +57,17 @@ def change(folder: Path, edit: Any) -> Path:
     return folder
 
 
-def build_both(source: Any, strategy: FSDP2, adapters: LoRA | None, label_names: Any) -> tuple[nn.Module, nn.Module]:
+def build_both(source: Any, strategy: FSDP2, adapters: LoRA | None, task: Any) -> tuple[nn.Module, nn.Module]:
     """Return the model loaded whole and then sharded, and the model sharded and then filled."""
-    task = "CAUSAL_LM" if label_names is None else "SEQ_CLS"
     info = cpu_info()
     mesh = strategy.build_mesh(info)
     torch.manual_seed(7)
-    whole = source.build(TOKENIZER, label_names=label_names)
+    whole = source.build(TOKENIZER, task=task)
     whole = whole if adapters is None else adapters.apply(whole, task=task)
     drawn = torch.get_rng_state()
     whole = strategy.parallelize(whole, dist_info=info, mesh=mesh)
 
-    unfilled = unfilled_model(source, TOKENIZER, label_names=label_names, adapters=adapters)
+    unfilled = unfilled_model(source, TOKENIZER, task=task, adapters=adapters)
     assert unfilled is not None
     torch.manual_seed(7)
     filled = unfilled.adapted(adapters, task=task)
@@ -76,9 +77,9 @@ def build_both(source: Any, strategy: FSDP2, adapters: LoRA | None, label_names:
     return whole, filled
 
 
-def differences(folder: Path, dtype: str, strategy: FSDP2, adapters: LoRA | None, label_names: Any = None) -> list[str]:
+def differences(folder: Path, dtype: str, strategy: FSDP2, adapters: LoRA | None, task: Any = CausalLM()) -> list[str]:
     """Return the names of what is not the same to the last bit; then train both a little and compare the losses."""
-    whole, filled = build_both(HFModel(str(folder), dtype=dtype), strategy, adapters, label_names)
+    whole, filled = build_both(HFModel(str(folder), dtype=dtype), strategy, adapters, task)
     found = [] if tensors(whole).keys() == tensors(filled).keys() else ["names"]
     for name, expected in tensors(whole).items():
         got = tensors(filled)[name]
@@ -163,7 +164,7 @@ def test_adapters_begin_with_the_same_numbers(two_ranks, tmp_path, dtype, adapte
 def test_a_trained_classifier_is_filled_with_its_head(two_ranks, tmp_path, adapters):
     config = AutoConfig.for_model("llama", **SIZES, num_labels=3)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
-    assert two_ranks.run(differences, tmp_path, "float32", FSDP2(), adapters, ["a", "b", "c"]) == [[], []]
+    assert two_ranks.run(differences, tmp_path, "float32", FSDP2(), adapters, SequenceClassification(("a", "b", "c"))) == [[], []]
 
 
 def test_files_without_the_models_prefix_are_filled(two_ranks, tmp_path):
@@ -176,7 +177,7 @@ def test_files_without_the_models_prefix_are_filled(two_ranks, tmp_path):
     assert two_ranks.run(differences, folder, "float32", FSDP2(), None) == [[], []]
 
 
-def told(source: Any, label_names: Any = None, adapters: Any = None) -> str:
+def told(source: Any, task: Any = CausalLM(), adapters: Any = None) -> str:
     """Return the error of preparing, or what the log says, or nothing where shards are to be filled."""
     import logging
 
@@ -187,7 +188,7 @@ def told(source: Any, label_names: Any = None, adapters: Any = None) -> str:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        unfilled = unfilled_model(source, TOKENIZER, label_names=label_names, adapters=adapters)
+        unfilled = unfilled_model(source, TOKENIZER, task=task, adapters=adapters)
     except UserError as error:
         return "; ".join(error.problems)
     finally:
@@ -198,7 +199,7 @@ def told(source: Any, label_names: Any = None, adapters: Any = None) -> str:
 
 def told_by_loading(source: HFModel) -> str:
     with pytest.raises(UserError) as caught:
-        source.build(TOKENIZER)
+        source.build(TOKENIZER, task=CausalLM())
     return "; ".join(caught.value.problems)
 
 
@@ -241,7 +242,7 @@ def quantized(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda folder: (HFModel(str(save(folder, "llama"))), ["a", "b"]), "score.weight is not in the files"),
+        (lambda folder: (HFModel(str(save(folder, "llama"))), SequenceClassification(("a", "b"))), "score.weight is not in the files"),
         (lambda folder: (HFModel(str(save(folder, "llama"))), None, LoRA(use_dora=True)), "DoRA begins with"),
         (lambda folder: (HFModel(str(save(folder, "mixtral"))),), "converts the weights of MixtralForCausalLM"),
         (lambda folder: (HFModel(str(both_of_a_tie(folder))),), "hold a tied weight twice"),
@@ -287,9 +288,9 @@ def peak_bytes(folder: Path) -> int:
     before = held()
     watcher = threading.Thread(target=watch)
     watcher.start()
-    unfilled = unfilled_model(HFModel(str(folder)), TOKENIZER, label_names=None, adapters=None)
+    unfilled = unfilled_model(HFModel(str(folder)), TOKENIZER, task=CausalLM(), adapters=None)
     assert unfilled is not None
-    model = strategy.parallelize(unfilled.adapted(None, task="CAUSAL_LM"), dist_info=info, mesh=mesh)
+    model = strategy.parallelize(unfilled.adapted(None, task=CausalLM()), dist_info=info, mesh=mesh)
     time.sleep(0.01)
     unfilled.fill(model, torch.device("cpu"))
     time.sleep(0.01)

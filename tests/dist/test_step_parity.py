@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from automodel.data.batches.collate import CausalLMCollator
 from automodel.data.batches.loader import TrainLoader
+from automodel.losses.objective import as_objective
 from automodel.losses.cross_entropy import CrossEntropy
 from automodel.train.step import StepConfig, train_step
 from tests.dist.tiny import clean_name, full, parallel_model, tiny_llama, uneven_rows
@@ -64,7 +65,7 @@ def one_step(
     config = StepConfig(torch.device("cpu"), dp.group, defer, clip, nullcontext)
     catcher = GradientCatcher(model)
     (micro_batches,) = loader.steps_of(0)
-    result = train_step(model, micro_batches, loss_fn=CrossEntropy(), optimizer=catcher, config=config)
+    result = train_step(model, micro_batches, objective=as_objective(CrossEntropy()), optimizer=catcher, config=config)
     return (result.loss_sum / result.num_label_tokens).item(), result.grad_norm.item(), catcher.caught
 
 
@@ -74,7 +75,7 @@ def stop_requests(strategy_name: str) -> int:
     batch = CausalLMCollator(0)(uneven_rows(1))
     wants_stop = dist.get_rank() == 1
     return train_step(
-        model, [batch], loss_fn=CrossEntropy(), optimizer=GradientCatcher(model), config=config, wants_stop=wants_stop
+        model, [batch], objective=as_objective(CrossEntropy()), optimizer=GradientCatcher(model), config=config, wants_stop=wants_stop
     ).num_stop_requests
 
 

@@ -19,6 +19,8 @@ from automodel.data.prepare.prepared import Prompt
 from automodel.distributed.parallel.ddp import DDP
 from automodel.distributed.parallel.fsdp2 import FSDP2
 from automodel.eval.generation import GenerationEvaluation
+from automodel.data.batches.batch import Batch
+from automodel.losses.objective import as_objective
 from automodel.losses.cross_entropy import CrossEntropy
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.optim.schedules import constant
@@ -52,7 +54,7 @@ def collectives_of_a_step(strategy: str, num_micro_batches: int, defer: bool) ->
 
     model, _, dp = parallel_model(strategy)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    options = {"loss_fn": CrossEntropy(), "optimizer": optimizer, "config": step_config(dp.group, defer=defer)}
+    options = {"objective": as_objective(CrossEntropy()), "optimizer": optimizer, "config": step_config(dp.group, defer=defer)}
     train_step(model, micro_batches(1), **options)  # after which DDP has put its buckets in order
     Counting.calls = Counter()
     with Counting():
@@ -107,12 +109,13 @@ def gradient_of_inputs(strategy: DDP | FSDP2, inputs: list[list[float]], defer: 
     (model_weight,) = model.parameters()
     optimizer = Keeping([model_weight], {})
     batches = [
-        {"x": torch.tensor([[x]]), "labels": torch.zeros(1, dtype=torch.long), "attention_mask": torch.ones(1)}
+        Batch({"x": torch.tensor([[x]]), "attention_mask": torch.ones(1, 1)}, torch.zeros(1, dtype=torch.long))
         for x in inputs[dist.get_rank()]
     ]
     config = StepConfig(torch.device("cpu"), dist.group.WORLD, defer, None,
                         lambda: strategy.autocast(torch.device("cpu")))  # fmt: skip
-    train_step(model, batches, loss_fn=lambda model, batch: model(batch["x"]).sum(), optimizer=optimizer, config=config)
+    objective = as_objective(lambda model, batch: model(batch["x"]).sum())
+    train_step(model, batches, objective=objective, optimizer=optimizer, config=config)
     return optimizer.kept * sum(map(len, inputs))
 
 
@@ -137,7 +140,7 @@ def left_by_settling() -> tuple[bool, bool, bool]:
     state = torch.get_rng_state()
     (batch,) = micro_batches(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    warm_up_buckets(model, batch, loss_fn=CrossEntropy(), optimizer=optimizer, config=step_config())
+    warm_up_buckets(model, batch, objective=as_objective(CrossEntropy()), optimizer=optimizer, config=step_config())
     return (
         all(torch.equal(p, before) for p, before in zip(model.parameters(), weights, strict=True)),
         all(p.grad is None for p in model.parameters()),
@@ -198,7 +201,7 @@ def rates_of_a_run(not_finite_at: int, folder: str) -> tuple[list[float], list[f
                          dp_rank=0, dp_size=1, seed=0)  # fmt: skip
     TrainLoop(
         model=model,
-        loss_fn=NotFiniteAt(not_finite_at),
+        objective=as_objective(NotFiniteAt(not_finite_at)),
         optimizer=optimizer,
         lr_scheduler=constant(optimizer, 6, warmup_steps=6),
         steps=StepScheduler(6, num_epochs=1, val_every_steps=2),

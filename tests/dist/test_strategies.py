@@ -21,6 +21,7 @@ from automodel.distributed.runtime.side_group import _create_gloo_group
 from automodel.distributed.parallel.megatron_fsdp import MegatronFSDP
 from automodel.distributed.parallel.tensor_parallel import apply_tensor_parallel
 from automodel.models.adapters import LoRA
+from automodel.tasks.causal_lm import CausalLM
 from automodel.types import UserError
 from tests.dist.pool import RankPool
 from tests.dist.tiny import STRATEGIES, cpu_info, full, parallel_model, tiny_llama
@@ -70,7 +71,7 @@ def is_unsynced(kind: str) -> bool:
     """Return whether DDP is told not to synchronise, seen on its own flag."""
     model = tiny_llama()
     if kind == "peft":
-        model = LoRA(rank=2).apply(model, task="CAUSAL_LM")
+        model = LoRA(rank=2).apply(model, task=CausalLM())
     ddp = DistributedDataParallel(model)
     outer: nn.Module = torch.compile(ddp) if kind == "compile" else ddp
     if kind == "peft around":

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from automodel.data.batches.collate import CausalLMCollator, PackedCollator
 from automodel.data.batches.loader import Loader, TrainLoader
-from automodel.data.prepare.load import load_sft
-from automodel.data.prepare.preparers import SFTPreparer, choose_first
+from tests.unit.rows import load_sft
+from automodel.data.prepare.preparers import RowPreparer, choose_first
 from automodel.data.sources import JsonlDataset
 from automodel.data.batches.stream import START, Stream, StreamLoader
 from automodel.data.batches.train_set import build_train_set
@@ -42,8 +42,8 @@ def rows(tmp_path_factory) -> Path:
 def stream_of(path: Path, *, pack_length: int | None = None, num_epochs: int = 2, **options) -> Stream:
     source = JsonlDataset(path=str(path), max_length=60, streaming=True, **{"buffer_rows": 40} | options)
     tokenizer, keys = build_char_tokenizer(), source.options(None)
-    row_format = choose_first(source.stream(), keys, is_classification=False)
-    prepare = SFTPreparer(tokenizer, row_format, keys, keeps_prompts=False)
+    row_format = choose_first(source.stream(), keys, candidates=CausalLM.formats)
+    prepare = RowPreparer(tokenizer, row_format, keys, CausalLM(), keeps_prompts=False)
     return Stream(
         source, prepare, keys, seed=7, global_batch_size=BATCH, num_epochs=num_epochs, drop_last=False,
         pack_length=pack_length,

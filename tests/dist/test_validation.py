@@ -9,16 +9,13 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
+from automodel.data.batches.batch import Batch
 from automodel.data.batches.collate import CausalLMCollator
 from automodel.data.batches.loader import ValidationBatches
 from automodel.distributed.runtime.agreement import CutShort, StopPoll
-from automodel.eval.validation import (
-    Validation,
-    measure_classification,
-    measure_loss,
-    summarize_classification,
-    validate,
-)
+from automodel.eval.metrics import ConfusionMatrix
+from automodel.eval.validation import Validation, validate
+from automodel.losses.objective import as_objective
 from automodel.losses.cross_entropy import CrossEntropy
 from tests.dist.tiny import parallel_model, tiny_llama, uneven_rows
 
@@ -35,7 +32,7 @@ def validated(strategy: str, num_rows: int, batch_size: int) -> dict[str, float]
             dp_rank=dist.get_rank(),
             dp_size=dist.get_world_size(),
         ),
-        measure=measure_loss(CrossEntropy()),
+        objective=as_objective(CrossEntropy()),
     )
     record = validate(
         model, validation, device=torch.device("cpu"), dp_group=dist.group.WORLD, autocast=nullcontext
@@ -50,7 +47,7 @@ def cut_short(strategy: str) -> tuple[bool, int, bool]:
 
     def measure(model, batch):
         measured.append(1)
-        return {"loss_sum": torch.zeros(()), "num_label_tokens": torch.ones(())}
+        return torch.zeros(())
 
     batches = ValidationBatches(
         uneven_rows(40), collate=CausalLMCollator(0), batch_size=1, dp_rank=dp.rank, dp_size=dp.size
@@ -58,7 +55,7 @@ def cut_short(strategy: str) -> tuple[bool, int, bool]:
     poll = StopPoll(lambda: dist.get_rank() == 1 and len(measured) >= 2)
     try:
         validate(
-            model, Validation("validation", batches, measure),
+            model, Validation("validation", batches, as_objective(measure)),
             device=torch.device("cpu"), dp_group=dp.group, autocast=nullcontext, poll=poll,
         )  # fmt: skip
     except CutShort:
@@ -94,12 +91,10 @@ def test_validation_equals_one_plain_process(ranks, world, strategy, num_rows, b
 def test_accuracy_and_macro_f1_by_hand():
     truths, predictions = [0, 0, 1, 1, 2, -100], [0, 1, 1, 1, 0, 2]
 
-    class Fixed(CrossEntropy):
-        def with_logits(self, model, batch):
-            return torch.zeros(()), F.one_hot(torch.tensor(predictions), 4).float()
-
-    sums = measure_classification(Fixed(), 4)(torch.nn.Identity(), {"labels": torch.tensor(truths)})
-    metrics = summarize_classification({name: value.double() for name, value in sums.items()})
+    matrix = ConfusionMatrix(4)
+    batch = Batch({}, torch.tensor(truths))
+    sums = matrix.update(F.one_hot(torch.tensor(predictions), 4).float(), batch)
+    metrics = matrix.summarize({name: value.double() for name, value in sums.items()})
     # label 0: precision 1/2, recall 1/2; label 1: 2/3 and 1; label 2: 0; label 3 never occurs
     assert metrics["accuracy"] == pytest.approx(3 / 5)
     assert metrics["macro_f1"] == pytest.approx((0.5 + 0.8 + 0.0) / 3)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from automodel.data.batches.collate import CausalLMCollator
 from automodel.losses.cross_entropy import CrossEntropy
+from automodel.losses.objective import as_objective
 from automodel.optim.optimizers import adamw, parameter_groups
 from automodel.train.step import StepConfig, train_step
 from tests.dist.tiny import tiny_llama, uneven_rows
@@ -38,10 +39,8 @@ def test_torch_itself_sees_no_wait_in_a_step(group):
     model = tiny_llama().to(device).train()
     optimizer = adamw(parameter_groups(model), lr=1e-3)
     config = StepConfig(device, group, True, 1.0, nullcontext)
-    batches = [
-        {name: tensor.pin_memory() for name, tensor in CausalLMCollator(0)([row]).items()} for row in uneven_rows(2)
-    ]
-    options = {"loss_fn": CrossEntropy(), "optimizer": optimizer, "config": config}
+    batches = [CausalLMCollator(0)([row]).pin_memory() for row in uneven_rows(2)]
+    options = {"objective": as_objective(CrossEntropy()), "optimizer": optimizer, "config": config}
     train_step(model, batches, **options)  # which makes the optimizer's state
     torch.cuda.set_sync_debug_mode("error")
     try:

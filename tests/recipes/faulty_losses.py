@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from automodel.data.batches.batch import Batch
 from automodel.losses.cross_entropy import CrossEntropy
 from automodel.train import save_clock
 
@@ -19,7 +20,7 @@ class NanAtThirdCall(CrossEntropy):
 
     calls = 0
 
-    def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         type(self).calls += model.training
         loss = super().__call__(model, batch)
         return loss * float("nan") if type(self).calls == 3 and model.training else loss
@@ -28,7 +29,7 @@ class NanAtThirdCall(CrossEntropy):
 class Slow(CrossEntropy):
     """Takes its time, so that a test can interrupt the run."""
 
-    def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         time.sleep(0.1)
         return super().__call__(model, batch)
 
@@ -38,7 +39,7 @@ class AskedToStopInEvaluation(CrossEntropy):
 
     trained = evaluated = 0
 
-    def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         kind = type(self)
         kind.trained += model.training
         kind.evaluated += not model.training and kind.trained > 0
@@ -54,7 +55,7 @@ class GrowsWithEveryCall(Slow):
 
     calls = 0
 
-    def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         type(self).calls += model.training
         return super().__call__(model, batch) * (1 + 0.01 * type(self).calls)
 
@@ -64,7 +65,7 @@ class OnLastRankAtEighthCall(CrossEntropy):
 
     calls = 0
 
-    def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         type(self).calls += model.training
         if type(self).calls == 8 and model.training and dist.get_rank() == dist.get_world_size() - 1:
             self.go_wrong()

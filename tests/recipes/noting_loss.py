@@ -11,15 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from automodel.losses.cross_entropy import CrossEntropy
+from automodel.data.batches.batch import Batch
+from automodel.losses.cross_entropy import CrossEntropy, cross_entropy_sum, forward_logits
 
 
 class Noting(CrossEntropy):
     """Appends a line for each call to ``$NOTES/RANK.jsonl``."""
 
-    def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         random_state = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
-        loss_sum, logits = self.with_logits(model, batch)
+        logits = forward_logits(model, batch)
+        loss_sum = cross_entropy_sum(logits, batch.labels, loss_weights=batch.loss_weights)
         note = {
             "is_training": model.training,
             "modes": sorted({module.training for module in model.modules()}),
@@ -35,6 +37,6 @@ class Noting(CrossEntropy):
 class WithoutCuda(CrossEntropy):
     """Fails where this process has opened a context on a CUDA device."""
 
-    def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         assert not torch.cuda.is_initialized(), "a context on the device, for a run on the CPU"
         return super().__call__(model, batch)

@@ -10,9 +10,9 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.nn import functional as F
 
-from automodel.data.prepare.load import load_sft
 from automodel.data.sources import JsonlDataset
 from tests.recipes.command import command_line, load_as_the_screen_says, records, run
+from tests.unit.rows import load_sft
 
 ONE = "one process"
 LAYOUTS = {

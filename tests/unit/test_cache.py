@@ -18,10 +18,10 @@ import pytest
 
 from automodel.data.prepare import writer as build_module
 from automodel.data.prepare.cache import build_once, cache_root
-from automodel.data.prepare.load import load_sft
 from automodel.data.sources import JsonlDataset
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.types import UserError
+from tests.unit.rows import load_sft
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +165,7 @@ def test_few_rows_are_read_before_their_results_are_taken(tmp_path, monkeypatch)
     num_read = 0
 
     class Counted(JsonlDataset):
-        def rows(self, *, is_classification: bool) -> Iterator[Any]:
+        def rows(self, *, candidates=()) -> Iterator[Any]:
             nonlocal num_read
             for num_read in range(1, 100_001):
                 yield f"place {num_read}", {"number": num_read}

@@ -5,10 +5,10 @@ import logging
 
 import pytest
 
-from automodel.data.prepare.load import load_sft
 from automodel.data.sources import JsonlDataset
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.types import UserError
+from tests.unit.rows import load_sft
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},

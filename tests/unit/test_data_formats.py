@@ -9,11 +9,13 @@ from automodel.data.formats.choose import Messages, PlainText, PromptCompletion,
 from automodel.data.formats.preference import Preference
 from automodel.data.prepare.preparers import PrepareOptions, choose_first
 from automodel.data.rows import BadRow, Row
+from automodel.tasks.causal_lm import CausalLM
 from automodel.types import UserError
 
 
 def read(row, *, name="auto", is_classification=False, is_preference=False, **columns):
-    chosen = choose_format(name, columns, row=row, is_classification=is_classification, is_preference=is_preference)
+    formats = ("text_label",) if is_classification else ("preference",) if is_preference else CausalLM.formats
+    chosen = choose_format(name, columns, row=row, candidates=formats)
     return chosen.read(row)
 
 
@@ -330,7 +332,7 @@ def test_format_of_another_recipe_is_refused(name, is_classification, takes):
 
 def test_a_newline_spelt_out_in_a_pattern_is_one():
     row = {"a": "x", "b": "y", "c": "z"}
-    chosen = choose_format("auto", {"prompt": r"{a}\n{b}", "completion": "c"}, row=row, is_classification=False)
+    chosen = choose_format("auto", {"prompt": r"{a}\n{b}", "completion": "c"}, row=row, candidates=CausalLM.formats)
     assert chosen.read(row).prompt == "x\ny"
 
 
@@ -407,7 +409,7 @@ def test_context_and_response_are_names_of_alpacas_input_and_output():
 
 
 def rest(row, **columns):
-    return choose_format("auto", columns, row=row, is_classification=False).read_with_rest(row)[1]
+    return choose_format("auto", columns, row=row, candidates=CausalLM.formats).read_with_rest(row)[1]
 
 
 def test_fields_that_nothing_reads_are_named():
@@ -441,8 +443,8 @@ def test_a_mapped_field_may_be_missing_from_the_first_row(tmp_path):
     placed = [Row(f"rows:{number}", row) for number, row in enumerate(rows)]
     columns = {"prompt": "q", "completion": "a", "system": "who"}
     options = PrepareOptions(limit=None, max_length=10, truncation="right", columns=columns)
-    chosen = choose_first(placed, options, is_classification=False)
+    chosen = choose_first(placed, options, candidates=CausalLM.formats)
     assert [chosen.read(row).prompt for row in rows] == ["1", "You shout.\n\n2"]
     wrong = dataclasses.replace(options, columns=columns | {"system": "whom"})
     with pytest.raises(UserError, match=r'no field "whom" \(dataset\.columns\.system\)'):
-        choose_first(placed, wrong, is_classification=False)
+        choose_first(placed, wrong, candidates=CausalLM.formats)

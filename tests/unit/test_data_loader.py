@@ -147,7 +147,7 @@ def test_causal_batches_are_padded_on_the_right_with_masks_from_positions():
     assert batch["input_ids"].tolist() == [[5, 9, 9], [9, 9, 7]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
     assert batch["labels"].tolist() == [[9, -100, -100], [-100, 7, -100]]
-    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    assert {batch[name].dtype for name in batch} == {torch.int64}
 
 
 def test_classification_batches_hold_a_label_a_row():
@@ -159,4 +159,4 @@ def test_classification_batches_hold_a_label_a_row():
     dummy = collate([])
     assert (dummy["input_ids"].tolist(), dummy["attention_mask"].tolist()) == ([[9]], [[1]])
     assert dummy["labels"].tolist() == [-100]
-    assert {tensor.dtype for tensor in (*batch.values(), *dummy.values())} == {torch.int64}
+    assert {each[name].dtype for each in (batch, dummy) for name in each} == {torch.int64}

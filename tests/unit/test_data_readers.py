@@ -13,11 +13,11 @@ from pyarrow import parquet
 
 from automodel.data.files.readers import count_rows, local_files, read_files
 from automodel.data.files.split import RowSlice, parse_split
-from automodel.data.prepare.load import load_sft
 from automodel.data.rows import Position
 from automodel.data.sources import JsonlDataset
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.types import UserError
+from tests.unit.rows import load_sft
 
 GOOD = b'{"prompt": "a", "completion": "b"}'
 

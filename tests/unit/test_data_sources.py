@@ -13,11 +13,11 @@ import pytest
 import yaml
 from pyarrow import parquet
 
-from automodel.data.prepare.load import load_classification, load_sft
 from automodel.data.sources import DemoDataset, HFDataset, JsonlDataset
 from automodel.data.validation_share import split_off
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.types import UserError
+from tests.unit.rows import load_classification, load_sft
 
 CONF = Path(__file__).parents[2] / "conf" / "dataset"
 
@@ -81,7 +81,7 @@ def write(path: Path, rows: list[dict]) -> str:
 
 
 def parts_of(source, share: float, seed: int = 7) -> list[list[str]]:
-    return [[row.fields["prompt"] for row in part.rows(is_classification=False)]
+    return [[row.fields["prompt"] for row in part.rows()]
             for part in split_off(source, share, seed=seed)]  # fmt: skip
 
 
@@ -141,14 +141,14 @@ def test_labels_of_rows_that_are_set_aside_are_known(tmp_path):
     for seed in range(6):  # in one of them the rare one is set aside
         train, val = split_off(source, 0.25, seed=seed)
         known = load_classification(train, build_char_tokenizer(), model_max_length=None, set_aside=val)
-        assert known.label_names == ("a", "b", "rare")
+        assert known.task.label_names == ("a", "b", "rare")
         load_classification(val, build_char_tokenizer(), model_max_length=None, known=known)
 
 
 def test_several_files_are_read_in_the_order_given(tmp_path):
     paths = [write(tmp_path / f"{name}.jsonl", [{"prompt": name, "completion": "x"}]) for name in "bac"]
     source = JsonlDataset(path=paths)
-    assert [row.fields["prompt"] for row in source.rows(is_classification=False)] == ["b", "a", "c"]
+    assert [row.fields["prompt"] for row in source.rows()] == ["b", "a", "c"]
     assert source.display_name == f"{paths[0]} and 2 more"
     assert JsonlDataset(path=paths).identity() != JsonlDataset(path=paths[:2]).identity()
     with pytest.raises(UserError, match=r"names .*b\.jsonl twice"):
@@ -158,4 +158,4 @@ def test_several_files_are_read_in_the_order_given(tmp_path):
 def test_what_datasets_puts_beside_rows_is_not_taken_for_rows(tmp_path):
     write(tmp_path / "train.jsonl", pairs(range(2)))
     (tmp_path / "dataset_infos.json").write_text('{"default": {}}')
-    assert len(list(JsonlDataset(path=str(tmp_path)).rows(is_classification=False))) == 2
+    assert len(list(JsonlDataset(path=str(tmp_path)).rows())) == 2

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from automodel.data.prepare.load import load_classification, load_sft
-from automodel.data.prepare.prepared import ClassificationRows
+from automodel.data.prepare.prepared import PreparedRows
 from automodel.data.prepare.tokenize import UNSEPARATED
 from automodel.data.sources import DemoDataset, JsonlDataset
 from automodel.models.char_tokenizer import build_char_tokenizer
+from automodel.tasks.sequence_classification import SequenceClassification
 from automodel.types import UserError
+from tests.unit.rows import load_classification, load_sft
 
 
 def write(path: Path, *rows: dict) -> str:
@@ -177,7 +178,7 @@ def classify(path, tokenizer, known=None, model_max_length=None, head_labels=(),
 def test_label_names_are_sorted_and_numbered_from_zero(tmp_path, labels, names):
     path = write(tmp_path / "rows.jsonl", *({"text": "t", "label": label} for label in labels))
     prepared = classify(path, build_char_tokenizer())
-    assert prepared.label_names == names
+    assert prepared.task.label_names == names
     assert prepared.examples["labels"][:] == [names.index(str(label)) for label in labels]
 
 
@@ -192,7 +193,7 @@ def test_unknown_label_of_the_validation_set_is_an_error_with_its_line(tmp_path)
 
 
 def known(labels):
-    return ClassificationRows("train", [], tuple(labels), tuple(labels), "", None, None)
+    return PreparedRows("train", [], SequenceClassification(tuple(labels), tuple(labels)), "", None, None)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,7 @@ def test_booleans_and_whole_numbers_are_classes(tmp_path, labels, names):
     path = write(tmp_path / "rows.jsonl", *({"text": "t", "label": label} for label in labels))
     prepared = classify(path, build_char_tokenizer())
     spelt = [str(int(label)) if isinstance(label, float) else str(label).lower() for label in labels]
-    assert prepared.label_names == names
+    assert prepared.task.label_names == names
     assert prepared.examples["labels"][:] == [names.index(label) for label in spelt]
 
 
@@ -241,7 +242,7 @@ def test_what_is_no_class_is_told_by_row(tmp_path, label, told):
 def test_a_trained_head_keeps_the_order_of_its_labels(tmp_path, caplog, labels, head, names, numbers):
     path = write(tmp_path / "rows.jsonl", *({"text": "t", "label": label} for label in labels))
     prepared = classify(path, build_char_tokenizer(), head_labels=head)
-    assert (list(prepared.label_names), prepared.examples["labels"][:]) == (names, numbers)
+    assert (list(prepared.task.label_names), prepared.examples["labels"][:]) == (names, numbers)
     is_told = "the labels are not those of the checkpoint's head (yes, no), which is trained on with" in caplog.text
     assert is_told == (head == ["yes", "no"])
     val = classify(path, build_char_tokenizer(), known=prepared)
@@ -287,12 +288,12 @@ def test_real_rows_are_classified_with_the_labels_of_the_training_set(shared_dat
     folder = shared_data / "seqcls"
     train = classify(folder / f"{name}_train.jsonl", stories_tokenizer)
     if num_labels is None:
-        assert all(":" in label for label in train.label_names)
+        assert all(":" in label for label in train.task.label_names)
         return
     val = classify(folder / f"{name}_val.jsonl", stories_tokenizer, known=train)
     rows = [json.loads(line) for line in (folder / f"{name}_val.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(train.label_names) == num_labels
-    assert [train.label_names[label] for label in val.examples["labels"]] == [str(row["label"]) for row in rows]
+    assert len(train.task.label_names) == num_labels
+    assert [train.task.label_names[label] for label in val.examples["labels"]] == [str(row["label"]) for row in rows]
     for row, example in zip(rows[:50], val.examples, strict=False):
         text = row.get("sentence") or f"{row['title']}\n{row['description']}"
         assert stories_tokenizer.decode(example["input_ids"], skip_special_tokens=True) == text

@@ -15,6 +15,7 @@ from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.models.embeddings import new_token_ids, require_embeddings
 from automodel.models.hf import HFModel, ScratchModel, build_unfilled
 from automodel.preview import main
+from automodel.tasks.causal_lm import CausalLM
 from automodel.types import UserError
 
 
@@ -67,7 +68,7 @@ def test_an_embedding_may_be_larger_than_the_tokenizer(saved):
     tokenizer = build_char_tokenizer()  # without the added ones
     require_embeddings(source, tokenizer, largest_id=len(tokenizer) - 1)
     assert not new_token_ids(source, tokenizer)
-    assert source.build(tokenizer).config.vocab_size == len(tokenizer)
+    assert source.build(tokenizer, task=CausalLM()).config.vocab_size == len(tokenizer)
 
 
 def test_a_fresh_model_of_too_few_rows_is_told_too():
@@ -82,15 +83,18 @@ def test_new_rows_are_the_mean_of_the_others_at_every_load(saved):
     tokenizer = source.load_tokenizer()
     size = len(tokenizer)
     state = torch.get_rng_state()
-    one = source.build(tokenizer)
+    one = source.build(tokenizer, task=CausalLM())
     assert torch.equal(torch.get_rng_state(), state)
     for new, again, old in zip(
-        rows_of(one), rows_of(source.build(tokenizer)), rows_of(plain.build(tokenizer)), strict=True
+        rows_of(one),
+        rows_of(source.build(tokenizer, task=CausalLM())),
+        rows_of(plain.build(tokenizer, task=CausalLM())),
+        strict=True,
     ):
         assert new.shape[0] == size == old.shape[0] + 2 and torch.equal(new, again)
         assert torch.equal(new[:-2], old)
         torch.testing.assert_close(new[-2:], old.mean(dim=0).expand(2, -1))
-    unfilled = build_unfilled(source, tokenizer, label_names=None, device="meta")
+    unfilled = build_unfilled(source, tokenizer, task=CausalLM(), device="meta")
     assert [rows.shape for rows in rows_of(unfilled)] == [rows.shape for rows in rows_of(one)]
 
 
@@ -110,8 +114,8 @@ def test_exports_hold_the_new_rows_whole_or_beside_adapters(saved, tmp_path):
     tokenizer = source.load_tokenizer()
     ids = new_token_ids(source, tokenizer)
     assert list(ids) == [len(tokenizer) - 2, len(tokenizer) - 1]
-    whole = source.build(tokenizer)
-    adapted = LoRA(rank=2).apply(source.build(tokenizer), task="CAUSAL_LM", new_token_ids=ids)
+    whole = source.build(tokenizer, task=CausalLM())
+    adapted = LoRA(rank=2).apply(source.build(tokenizer, task=CausalLM()), task=CausalLM(), new_token_ids=ids)
     inputs = torch.tensor([[5, *ids, 7]])
     for name, model in (("whole", whole), ("adapted", adapted)):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -119,7 +123,9 @@ def test_exports_hold_the_new_rows_whole_or_beside_adapters(saved, tmp_path):
         model(input_ids=inputs, labels=inputs).loss.backward()
         optimizer.step()
         model.zero_grad()
-        export_model(model, tokenizer, folder=tmp_path / name, load_base=lambda: source.build(tokenizer))
+        export_model(
+            model, tokenizer, folder=tmp_path / name, load_base=lambda: source.build(tokenizer, task=CausalLM())
+        )
         kind = AutoModelForCausalLM if name == "whole" else AutoPeftModelForCausalLM
         loaded = kind.from_pretrained(tmp_path / name)
         with torch.no_grad():

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from automodel.models.adapters import LoRA
+from automodel.tasks.causal_lm import CausalLM
 from automodel.train.flops import TrainingFlops, peak_flops_per_sec, training_flops
 from automodel.train.meter import Meter
 
@@ -33,7 +34,7 @@ def test_a_trained_weight_takes_six_flops_a_token_and_a_look_up_none(tied):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_frozen_weight_takes_four(tied):
-    model = LoRA(rank=1, alpha=1, target_modules="all-linear").apply(llama(tied=tied), task="CAUSAL_LM")
+    model = LoRA(rank=1, alpha=1, target_modules="all-linear").apply(llama(tied=tied), task=CausalLM())
     expected = 4 * (2 * LAYER + HEAD) + 6 * 2 * ADAPTERS_OF_A_LAYER
     assert training_flops(model) == TrainingFlops(expected, ATTENTION)
 

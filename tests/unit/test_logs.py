@@ -6,6 +6,7 @@ import warnings
 
 from automodel.logs import add_log_file, get_logger, setup_logging, warn_for_all
 from automodel.screen import progress
+from automodel.tasks.causal_lm import CausalLM
 
 
 def spoken(capsys, rank: int) -> list[str]:
@@ -43,6 +44,6 @@ def test_warnings_of_libraries_that_ask_for_nothing_are_silent():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         setup_logging(0)
-        LoRA(rank=2, alpha=4).apply(tiny_llama(), task="CAUSAL_LM")
+        LoRA(rank=2, alpha=4).apply(tiny_llama(), task=CausalLM())
         warnings.warn("this one stays", stacklevel=1)
     assert [str(warning.message) for warning in caught] == ["this one stays"]

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -131,15 +132,15 @@ def test_a_packed_row_is_its_documents_one_after_another():
 
 def test_packed_batches_have_no_mask_and_a_padded_tail_of_its_own():
     batch = PackedCollator(pad_token_id=1, length_multiple=4)(list(packed(DOCUMENTS, 5)))
-    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+    assert batch.num_tokens == 6
+    assert {name: batch[name].tolist() for name in batch} == {
         "input_ids": [[5, 6, 7, 8, 9, 1, 1, 1], [4, 1, 1, 1, 1, 1, 1, 1]],
         "position_ids": [[0, 1, 2, 0, 1, 0, 1, 2], [0, 0, 1, 2, 3, 4, 5, 6]],
         "labels": [[-100, 7, -100, 9, -100, -100, -100, -100], [-100] * 8],
         "loss_weights": [[1, 1, 1, 0.5, 0.5, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]],
-        "num_tokens": 6,
     }
-    weights = batch.pop("loss_weights")
-    assert weights.dtype == torch.float32 and {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    assert batch.loss_weights.dtype == torch.float32
+    assert {batch[name].dtype for name in batch if name != "loss_weights"} == {torch.int64}
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "kernels-community/vllm-flash-attn3"])
@@ -147,7 +148,7 @@ def test_flash_attention_gets_one_row_with_its_borders(attention):
     batch = PackedCollator(pad_token_id=1, length_multiple=4, attention=attention)(list(packed(DOCUMENTS, 5)))
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4, 1, 1]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 0, 1]]
-    assert batch["cu_seq_lens"].tolist() == [0, 3, 5, 6, 8] and batch["cu_seq_lens"].dtype == torch.int32
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 6, 8] and batch["cu_seq_lens_q"].dtype == torch.int32
     assert batch["loss_weights"].tolist() == [[1, 1, 1, 0.5, 0.5, 1, 0, 0]]
     given = {}
 
@@ -157,7 +158,7 @@ def test_flash_attention_gets_one_row_with_its_borders(attention):
             return type("Output", (), {"logits": torch.zeros(1, 8, 3)})
 
     forward_logits(Seen(), batch)
-    assert given["cu_seq_lens_q"] is given["cu_seq_lens_k"] is batch["cu_seq_lens"]
+    assert given["cu_seq_lens_q"] is given["cu_seq_lens_k"] is batch["cu_seq_lens_q"]
     assert (given["max_length_q"], given["max_length_k"], given["use_cache"]) == (3, 3, False)
     assert given.keys() - {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"} == {
         "input_ids", "position_ids", "use_cache",
@@ -171,8 +172,8 @@ def test_flash_keywords_are_those_of_transformers_own_collator():
     theirs = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(documents)
     rows = [row | {"position_ids": range(len(row["input_ids"]))} for row in DOCUMENTS]
     ours = PackedCollator(0, attention="flash_attention_2")(rows)
-    assert ours["cu_seq_lens"].tolist() == theirs["cu_seq_lens_q"].tolist() == theirs["cu_seq_lens_k"].tolist()
-    assert ours["max_length"].shape[0] == theirs["max_length_q"] == theirs["max_length_k"]
+    assert ours["cu_seq_lens_q"].tolist() == theirs["cu_seq_lens_q"].tolist() == theirs["cu_seq_lens_k"].tolist()
+    assert ours["max_length_q"] == theirs["max_length_q"] == theirs["max_length_k"]
     assert ours["position_ids"].tolist() == theirs["position_ids"].tolist()
 
 
@@ -182,7 +183,7 @@ def test_no_rows_make_a_packed_dummy(attention):
     assert batch["input_ids"].tolist() == [[3, 3]]
     assert batch["position_ids"].tolist() == [[0, 1]]
     assert batch["labels"].tolist() == [[-100, -100]]
-    assert batch["num_tokens"].item() == 0
+    assert batch.num_tokens == 0
 
 
 def test_unpacked_batches_have_weights_only_where_an_example_has():
@@ -210,7 +211,7 @@ def test_the_weighted_loss_is_the_sum_of_weight_times_loss():
     by_hand = -1.0 * logs[6, 7] - 0.5 * logs[8, 9]
     torch.testing.assert_close(CrossEntropy()(model, batch), by_hand)
     torch.testing.assert_close(CrossEntropy()(model, CausalLMCollator(0)(DOCUMENTS)), by_hand)
-    del batch["loss_weights"]
+    batch.loss_weights = None
     torch.testing.assert_close(CrossEntropy()(model, batch), -logs[6, 7] - logs[8, 9])
 
 
@@ -343,7 +344,7 @@ def test_a_recurrent_model_is_refused():
 )
 def test_attention_that_overlooks_the_positions_is_refused(stories, leak):
     def forward(model, batch):
-        return forward_logits(model, batch | leak)
+        return forward_logits(model, replace(batch, inputs=batch.inputs | leak))
 
     with pytest.raises(
         UserError, match=r"'eager' does not keep.*enabled=false, or try model\.attn_implementation=sdpa"

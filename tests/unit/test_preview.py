@@ -12,10 +12,10 @@ from rich.console import Console
 
 from automodel.config import load_config
 from automodel.data.prepare.checks import data_problems, num_duplicates, shared_rows
-from automodel.data.prepare.load import load_sft
 from automodel.data.sources import JsonlDataset
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.preview import main, preview, render
+from tests.unit.rows import load_sft
 
 ROWS = [{"prompt": f"question {number}\n", "completion": f"answer {number}"} for number in range(20)]
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from automodel.data.chat.stops import Stops
-from automodel.data.prepare.load import load_sft
 from automodel.data.sources import JsonlDataset
 from automodel.models.hf import stop_at
+from tests.unit.rows import load_sft
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import pytest
 from automodel.config import load_config
 from automodel.data.chat.templates import set_chat_template
 from automodel.data.prepare.cache import hash_of
-from automodel.data.prepare.load import load_sft
 from automodel.data.prepare.writer import facts_of
 from automodel.data.sources import JsonlDataset
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.types import UserError
+from tests.unit.rows import load_sft
 
 TURNS = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
 

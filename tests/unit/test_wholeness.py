@@ -9,11 +9,11 @@ from automodel.data.chat import spans
 from automodel.data.chat.conversation import RESPELT, THOUGHTS_LEFT_OUT, tokenize_messages
 from automodel.data.formats.choose import Messages
 from automodel.data.formats.turns import read_turns
-from automodel.data.prepare.load import load_sft
 from automodel.data.rows import BadRow
 from automodel.data.sources import JsonlDataset
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.types import UserError
+from tests.unit.rows import load_sft
 
 
 @pytest.fixture

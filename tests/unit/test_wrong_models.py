@@ -11,6 +11,7 @@ import pytest
 
 from automodel.config import load_config
 from automodel.models.adapters import LoRA, described, merge_problem
+from automodel.tasks.causal_lm import CausalLM
 from automodel.types import UserError
 
 
@@ -65,10 +66,8 @@ def test_flash_attention_without_a_gpu_is_told_before_the_rows_are_read():
     from automodel.runner.job import Job
 
     cfg = SimpleNamespace(model={"attn_implementation": "flash_attention_2"})
-    with pytest.raises(
-        UserError, match="flash_attention_2 computes on a GPU alone, and this run has none; choose sdpa"
-    ):
-        Job(cfg, SimpleNamespace(device=torch.device("cpu")), None, "id")
+    with pytest.raises(UserError, match="flash_attention_2 needs a GPU, and this run has none; choose sdpa"):
+        Job(cfg, SimpleNamespace(device=torch.device("cpu")))
 
 
 def tiny(kind: str, **more: object):
@@ -98,7 +97,7 @@ def tiny(kind: str, **more: object):
 )
 def test_a_name_that_is_no_modules_is_told_with_those_that_are(names, message):
     with pytest.raises(UserError) as caught:
-        LoRA(target_modules=names).apply(tiny("llama"), task="CAUSAL_LM")
+        LoRA(target_modules=names).apply(tiny("llama"), task=CausalLM())
     told = str(caught.value)
     assert message in told
     if "nearest first" in told:
@@ -108,12 +107,12 @@ def test_a_name_that_is_no_modules_is_told_with_those_that_are(names, message):
 
 def test_names_and_patterns_that_are_there_are_taken():
     for names in ("all-linear", ["q_proj", "mlp.up_proj"], r".*\.(q|v)_proj"):
-        assert LoRA(target_modules=names).apply(tiny("llama"), task="CAUSAL_LM")
+        assert LoRA(target_modules=names).apply(tiny("llama"), task=CausalLM())
 
 
 def test_what_gets_no_adapter_is_said():
     experts = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
-    model = LoRA().apply(tiny("qwen2_moe", **experts), task="CAUSAL_LM")
+    model = LoRA().apply(tiny("qwen2_moe", **experts), task=CausalLM())
     told = described(model)
     adapted, _, rest = told.partition("; without one, frozen: ")
     assert "q_proj" in adapted and "down_proj" in adapted
@@ -122,24 +121,24 @@ def test_what_gets_no_adapter_is_said():
         has_adapter = any(f".{part}.lora_A" in name or f".{part}.base_layer" in name for name in trained)
         assert (f"mlp.experts.{part}" in rest or f"experts.{part}" in rest or f"mlp.{part}" in rest) != has_adapter
     assert "without one" in told and "embed" not in told
-    assert described(LoRA().apply(tiny("llama"), task="CAUSAL_LM")).endswith("without one, frozen: lm_head")
+    assert described(LoRA().apply(tiny("llama"), task=CausalLM())).endswith("without one, frozen: lm_head")
 
 
 def test_an_adapter_on_a_tied_output_layer_is_said_not_to_merge():
     tied = tiny("llama", tie_word_embeddings=True)
-    problem = merge_problem(LoRA(target_modules=["q_proj", "lm_head"]).apply(tied, task="CAUSAL_LM"))
+    problem = merge_problem(LoRA(target_modules=["q_proj", "lm_head"]).apply(tied, task=CausalLM()))
     assert problem is not None and "export.merge=true" in problem
     for names, model in ((["q_proj"], tiny("llama", tie_word_embeddings=True)), (["lm_head"], tiny("llama"))):
-        assert merge_problem(LoRA(target_modules=names).apply(model, task="CAUSAL_LM")) is None
+        assert merge_problem(LoRA(target_modules=names).apply(model, task=CausalLM())) is None
 
 
 @pytest.mark.parametrize(
     ("model_max_length", "words"), [(8, "the model's limit of 8 tokens"), (None, "dataset.max_length=9")]
 )
 def test_what_bounds_the_length_of_a_row_is_named(tmp_path, model_max_length, words):
-    from automodel.data.prepare.load import load_sft
     from automodel.data.sources import JsonlDataset
     from automodel.models.char_tokenizer import build_char_tokenizer
+    from tests.unit.rows import load_sft
 
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "a" * 30, "completion": "b"}) + "\n")

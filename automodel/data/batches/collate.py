@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from automodel.data.batches.batch import Batch
 from automodel.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -29,23 +30,22 @@ class CausalLMCollator:
     pad_token_id: int
     length_multiple: int = 1
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        batch = _pad_inputs(examples, self.pad_token_id, self.length_multiple)
-        return batch | _pad_targets(examples, batch["input_ids"])
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        inputs = _pad_inputs(examples, self.pad_token_id, self.length_multiple)
+        return Batch(inputs, **_pad_targets(examples, inputs["input_ids"]))
 
 
 @dataclass(frozen=True)
 class PackedCollator:
     """Makes batches of packed rows, whose documents only ``position_ids`` tell apart.
 
-    ``input_ids``, ``position_ids`` and ``labels`` are int64 [B, T], ``loss_weights`` as above, and ``num_tokens``
-    counts the tokens that are not padding, int64 []. The padded tail of a row is a document of its own, so that no
-    attention mask is needed: transformers would stop looking at the positions beside one.
+    ``input_ids``, ``position_ids`` and ``labels`` are int64 [B, T], ``loss_weights`` as above. The padded tail of a
+    row is a document of its own, so no attention mask is needed; with a mask, transformers would ignore the positions.
 
     Flash attention and flex attention get one row [1, sum of T]: the former's variable-length kernels take no
-    other, the latter's kernel for a CPU compiles for no other. For flash attention the batch also has
-    ``cu_seq_lens``, int32 [num_documents + 1], and ``max_length``, [longest document, 0]: a length as the shape of
-    an empty tensor, which the host still knows without waiting after the batch has gone to the device.
+    other, the latter's kernel for a CPU compiles for no other. For flash attention the inputs also hold
+    transformers' FlashAttentionKwargs: the borders of the documents, int32 [num_documents + 1], and the length of the
+    longest, which the kernels take as a number of the host.
 
     Attributes:
         length_multiple: T is filled up to a multiple of it.
@@ -56,25 +56,33 @@ class PackedCollator:
     length_multiple: int = 1
     attention: str = "sdpa"
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[Example]) -> Batch:
         import torch
 
         num_tokens = sum(len(example["input_ids"]) for example in examples)
         is_flash = "flash" in self.attention
         if examples and (is_flash or self.attention == "flex_attention"):
             examples = [join_examples(examples)]
-        batch = _pad_inputs(examples, self.pad_token_id, self.length_multiple)
-        del batch["attention_mask"]
-        position_ids = torch.empty_like(batch["input_ids"])
+        inputs: dict[str, Any] = _pad_inputs(examples, self.pad_token_id, self.length_multiple)
+        del inputs["attention_mask"]
+        position_ids = torch.empty_like(inputs["input_ids"])
         for row, positions in enumerate([example["position_ids"] for example in examples] or [[]]):
             position_ids[row, : len(positions)] = torch.tensor(positions)
             position_ids[row, len(positions) :] = torch.arange(position_ids.shape[1] - len(positions))
-        batch |= {"position_ids": position_ids, **_pad_targets(examples, position_ids)}
+        inputs["position_ids"] = position_ids
         if is_flash:
             starts = (position_ids[0] == 0).nonzero()[:, 0]
-            batch["cu_seq_lens"] = torch.cat([starts, torch.tensor([position_ids.shape[1]])]).int()
-            batch["max_length"] = torch.empty(int(position_ids.max()) + 1, 0)
-        return batch | {"num_tokens": torch.tensor(num_tokens)}
+            borders = torch.cat([starts, torch.tensor([position_ids.shape[1]])]).int()
+            longest = int(position_ids.max()) + 1
+            inputs |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
+            inputs |= {"max_length_q": longest, "max_length_k": longest}
+        return Batch(
+            inputs,
+            **_pad_targets(examples, position_ids),
+            num_tokens=num_tokens,
+            # 1 + 3 + 5 + ... over the positions of a document is the square of its length.
+            sum_squared_lengths=int((2 * position_ids + 1).sum()),
+        )
 
 
 @dataclass(frozen=True)
@@ -84,11 +92,11 @@ class ClassificationCollator:
     pad_token_id: int
     length_multiple: int = 1
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[Example]) -> Batch:
         import torch
 
-        labels = [example["labels"] for example in examples] or [IGNORE_INDEX]
-        return _pad_inputs(examples, self.pad_token_id, self.length_multiple) | {"labels": torch.tensor(labels)}
+        labels = torch.tensor([example["labels"] for example in examples] or [IGNORE_INDEX])
+        return Batch(_pad_inputs(examples, self.pad_token_id, self.length_multiple), labels)
 
 
 def _pad_inputs(examples: Sequence[Example], pad_token_id: int, length_multiple: int) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from automodel.data.batches.batch import Batch, as_batch
 from automodel.types import UserError
 
-Batch = dict[str, torch.Tensor]
-Collate = Callable[[Sequence[dict[str, Any]]], Batch]
+Collate = Callable[[Sequence[dict[str, Any]]], Batch | Mapping[str, torch.Tensor]]
+"""Makes a micro-batch of rows; of no rows, a dummy that supervises nothing."""
 
 _GROUPED_STEPS = 50
 """Steps whose rows are sorted by length together: enough for little padding, few enough to stay shuffled."""
@@ -134,7 +135,7 @@ class TrainLoader:
         )
         batches = iter(loader)
         for rows in self.global_batches(epoch, start_step):
-            yield list(islice(batches, len(self._micro_batches(rows))))
+            yield [as_batch(batch) for batch in islice(batches, len(self._micro_batches(rows)))]
 
     def _all_micro_batches(self, epoch: int, start_step: int) -> Iterator[list[int]]:
         for rows in self.global_batches(epoch, start_step):
@@ -244,7 +245,7 @@ class ValidationBatches:
         for start in range(0, len(self.rows), self.batch_size * self.dp_size):
             first = start + self.dp_rank * self.batch_size
             chosen = range(first, min(first + self.batch_size, len(self.rows)))
-            yield self.collate([self.rows[index] for index in chosen])
+            yield as_batch(self.collate([self.rows[index] for index in chosen]))
 
 
 class _Rows:

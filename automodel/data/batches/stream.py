@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
-from automodel.data.batches.loader import Batch, Collate, seeded, shares_of
+from automodel.data.batches.batch import Batch, as_batch
+from automodel.data.batches.loader import Collate, seeded, shares_of
 from automodel.data.batches.packing import PackedRows, pack
 from automodel.data.prepare.prepared import RowCounts
 from automodel.data.prepare.preparers import BadRows, tell_skipped
@@ -210,8 +211,8 @@ class StreamLoader:
         steps = self._read() if self._is_reader else iter(())
         while not self.is_exhausted:
             micro_batches, self.epoch, self._state, self.is_exhausted = self._shared(steps)
-            batches = [self.collate(items) for items in micro_batches]
-            yield [_pinned(batch) for batch in batches] if self.pin_memory else batches
+            batches = [as_batch(self.collate(items)) for items in micro_batches]
+            yield [batch.pin_memory() for batch in batches] if self.pin_memory else batches
 
     def _read(self) -> Iterator[Step]:
         if not self.num_workers:
@@ -262,7 +263,3 @@ class _Steps(IterableDataset):
 def _example(record: Item) -> Item:
     names = ("input_ids", "labels", *(["loss_weights"] if record.get("loss_weights") else []))
     return {name: record[name] for name in names}
-
-
-def _pinned(batch: Batch) -> Batch:
-    return {name: tensor.pin_memory() for name, tensor in batch.items()}

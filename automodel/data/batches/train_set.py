@@ -13,7 +13,7 @@ from automodel.data.batches.loader import Draw
 from automodel.data.batches.mixture import MixtureDataset
 from automodel.data.batches.packing import PackedRows, Packs, pack
 from automodel.data.prepare.cache import build_once, hash_of
-from automodel.data.prepare.prepared import SFTRows
+from automodel.data.prepare.prepared import PreparedRows
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class TrainSet:
 
 
 def build_train_set(
-    sources: Mapping[str, SFTRows], *, pack_length: int | None, mixture: MixtureDataset | None, seed: int
+    sources: Mapping[str, PreparedRows], *, pack_length: int | None, mixture: MixtureDataset | None, seed: int
 ) -> TrainSet:
     """Return what an epoch draws from; every source is packed by itself.
 
@@ -100,7 +100,7 @@ def build_train_set(
     )
 
 
-def _packs(rows: SFTRows, pack_length: int) -> Packs:
+def _packs(rows: PreparedRows, pack_length: int) -> Packs:
     lengths = rows.stats.lengths
 
     def build(folder: Any) -> None:

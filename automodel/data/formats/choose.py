@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from automodel.data.formats.columns import Pattern, fields_seen, nearest, read_pattern, whole_field
@@ -98,22 +98,20 @@ def choose_format(
     columns: Mapping[str, str | None],
     *,
     row: Mapping[str, Any],
-    is_classification: bool,
-    is_preference: bool = False,
+    candidates: Sequence[str],
 ) -> RowFormat:
     """Return the format of a file from its name or, with ``auto``, from the columns mapped and its first row.
 
     Args:
         columns: for a column of a format the field that holds it, or a pattern over fields such as
             ``{context}\\n\\n{question}`` or ``{answers[text][0]}``.
-        is_classification: text with a label is wanted.
-        is_preference: pairs of a chosen and a rejected answer are wanted.
+        candidates: names of the formats that the recipe's task takes.
 
     Raises:
         UnknownFormat: the fields are not those of a known format, or of several; it says which key settles it.
     """
     mapped = {column: _mapped(column, field, row) for column, field in columns.items() if field is not None}
-    candidates = _CLASSIFIED if is_classification else ("preference",) if is_preference else _SFT_FORMATS
+    candidates = tuple(candidates)
     if name not in ("auto", *candidates):
         does = f"dataset.format={name} does not suit this recipe; it takes {' or '.join(candidates)}"
         raise UnknownFormat(f"{does}; {_recipe_for(name)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from automodel.data.prepare.prepared import ClassificationRows, SFTRows
+from automodel.data.prepare.prepared import PreparedRows
 from automodel.data.prepare.unused import listed, media_fields
 from automodel.logs import get_logger, warn_for_all
 from automodel.types import UserError
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-Prepared = SFTRows | ClassificationRows
 DataChecks = Literal["auto", "strict", "warn"]
 
 MOST_UNSUPERVISED = 0.05
@@ -32,7 +31,7 @@ class Problem(NamedTuple):
     is_sure: bool
 
 
-def data_problems(train: SFTRows, validation: SFTRows | None = None) -> list[Problem]:
+def data_problems(train: PreparedRows, validation: PreparedRows | None = None) -> list[Problem]:
     """Return what would train wrongly.
 
     That is: rows that are lost; rows that belong to images; no row that teaches to end an answer; rows of the
@@ -56,14 +55,14 @@ def data_problems(train: SFTRows, validation: SFTRows | None = None) -> list[Pro
     return problems
 
 
-def _limit(rows: Prepared) -> str:
+def _limit(rows: PreparedRows) -> str:
     """Say what bounds the length of a row, and how to lift it."""
     if rows.is_model_limit:
         return "the model's limit (dataset.max_length allows more); take a model for longer rows"
     return "dataset.max_length; raise it"
 
 
-def row_problems(rows: Prepared) -> list[Problem]:
+def row_problems(rows: PreparedRows) -> list[Problem]:
     """Return what is wrong with what became of the rows: too many are lost, or they speak of what nobody sees."""
     name, counts, problems = rows.name, rows.counts, []
     of = max(1, counts.num_rows_read)
@@ -92,7 +91,7 @@ def row_problems(rows: Prepared) -> list[Problem]:
     return problems
 
 
-def shared_problems(train: Prepared, validation: Prepared) -> list[Problem]:
+def shared_problems(train: PreparedRows, validation: PreparedRows) -> list[Problem]:
     """Return that rows are validated on which are trained on as well, if so."""
     num_shared = len(shared_rows(train, validation))
     if not num_shared:
@@ -113,14 +112,14 @@ def settle(problems: list[Problem], policy: DataChecks) -> None:
         warn_for_all(log, "%s", problem.text)
 
 
-def shared_rows(train: Prepared, validation: Prepared) -> np.ndarray:
+def shared_rows(train: PreparedRows, validation: PreparedRows) -> np.ndarray:
     """Return the numbers of the validation rows that are training rows as well; int64."""
     import numpy as np
 
     return np.flatnonzero(np.isin(validation.stats.hashes, train.stats.hashes))
 
 
-def num_duplicates(rows: Prepared) -> int:
+def num_duplicates(rows: PreparedRows) -> int:
     """Return how many rows are there already, tokens and labels alike."""
     import numpy as np
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -12,17 +12,9 @@ from typing import TYPE_CHECKING, Any
 from automodel.data.chat.stops import Stops
 from automodel.data.formats.choose import RowFormat
 from automodel.data.prepare.cache import build_once
-from automodel.data.prepare.labels import numbered_labels
-from automodel.data.prepare.prepared import ClassificationRows, Prompts, RowCounts, RowStats, SFTRows
-from automodel.data.prepare.preparers import (
-    ClassificationPreparer,
-    PrepareOptions,
-    SFTPreparer,
-    choose_first,
-    set_template,
-)
-from automodel.data.prepare.proof import PROVED_ROWS, Proof, prove
-from automodel.data.prepare.tokenize import require_eos
+from automodel.data.prepare.prepared import PreparedRows, Prompts, Proof, RowCounts, RowStats
+from automodel.data.prepare.preparers import PrepareOptions, RowPreparer, choose_first, set_template
+from automodel.data.prepare.proof import PROVED_ROWS, prove
 from automodel.data.prepare.unused import tell_unused
 from automodel.data.prepare.writer import Builder, Source, facts_of
 from automodel.data.rows import BadRow
@@ -35,127 +27,75 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 
-def load_sft(
-    source: Source, tokenizer: PreTrainedTokenizerBase, *, model_max_length: int | None, keeps_prompts: bool = True
-) -> SFTRows:
-    """Prepare the rows of ``source`` for a causal language model, or take them from the cache.
+def load_rows(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Any,
+    *,
+    model_max_length: int | None,
+    keeps_prompts: bool = False,
+) -> PreparedRows:
+    """Prepare the rows of ``source`` for ``task``, or take them from the cache.
 
     Where the rows are conversations, the tokenizer gets the chat template they were rendered with.
 
     Args:
-        keeps_prompts: keep the prompts too, to generate answers to them.
+        task: a Task of ``automodel/tasks``.
+        keeps_prompts: keep the prompts too, to generate answers to them, if the task is generative.
 
     Raises:
         UserError: damaged rows (all of them counted, the first ones named), or none left.
     """
-    require_eos(tokenizer)
+    task.require_tokenizer(tokenizer)
+    keeps_prompts = keeps_prompts and task.is_generative
     name, options = source.display_name, source.options(model_max_length)
 
-    def prepare(row_format: RowFormat) -> SFTPreparer:
+    def prepare(row_format: RowFormat) -> RowPreparer:
         set_template(tokenizer, row_format.name, options)
-        return SFTPreparer(tokenizer, row_format, options, keeps_prompts)
+        return RowPreparer(tokenizer, row_format, options, task, keeps_prompts)
 
-    facts = facts_of(source, tokenizer, options) | {"for": "causal language model", "prompts": keeps_prompts}
-    columns = {"input_ids": "ids", "labels": "ids", "loss_weights": "weights"}
-    if keeps_prompts:
-        columns |= {"prompt_ids": "ids", "answer": "text", "question": "text", "kind": "text"}
+    facts = facts_of(source, tokenizer, options) | {"for": task.identity(), "prompts": keeps_prompts}
+    columns = task.columns(keeps_prompts=keeps_prompts)
     folder = build_once(
-        facts, lambda folder: Builder(source, options, folder, columns).build(prepare, is_classification=False)
+        facts, lambda folder: Builder(source, options, folder, columns).build(prepare, candidates=task.formats)
     )
     meta, counts, stats = _read_meta(folder)
     set_template(tokenizer, meta["format"], options)
     _require_rows(name, options, counts, num_examples=len(stats.lengths))
     _log_counts(name, options, counts)
-    proof = _prove(source, tokenizer, options)
+    proof = _prove(source, tokenizer, options, task)
     if proof.num_rows and not proof.differences:
         log.info("%s: the tokens of the first %d rows agree with their texts", name, proof.num_rows)
     table = _open(folder)
-    names = ["input_ids", "labels"] + (["loss_weights"] if meta["has_weights"] else [])
-    prompts = table.select_columns(["prompt_ids", "answer", "question", "kind"]) if keeps_prompts else []
-    examples = table.select_columns(names)
-    stops = Stops(**{kind: frozenset(ends) for kind, ends in meta["stops"].items()})
-    return SFTRows(
-        name, examples, Prompts(prompts), meta["fingerprint"], counts, stats, meta["format"], stops,
-        proof, options.is_model_limit,
-    )  # fmt: skip
+    prompts = Prompts(table.select_columns(["prompt_ids", "answer", "question", "kind"])) if keeps_prompts else ()
+    return PreparedRows(
+        name=name,
+        table=table,
+        task=task,
+        fingerprint=meta["fingerprint"],
+        counts=counts,
+        stats=stats,
+        format_name=meta["format"],
+        prompts=prompts,
+        stops=Stops(**{kind: frozenset(ends) for kind, ends in meta["stops"].items()}),
+        proof=proof,
+        has_weights=meta["has_weights"],
+        is_model_limit=options.is_model_limit,
+    )
 
 
-def _prove(source: Source, tokenizer: PreTrainedTokenizerBase, options: PrepareOptions) -> Proof:
+def _prove(source: Source, tokenizer: PreTrainedTokenizerBase, options: PrepareOptions, task: Any) -> Proof:
     """Compare the first rows, read again, with their texts: also where they come from the cache."""
-    row_format = choose_first(source.rows(is_classification=False), options, is_classification=False)
+    row_format = choose_first(source.rows(candidates=task.formats), options, candidates=task.formats)
 
-    def shapes() -> Iterator[tuple[str, Any]]:
-        for place, fields in islice(
-            source.rows(is_classification=False), min(PROVED_ROWS, options.limit or PROVED_ROWS)
-        ):
+    def samples() -> Iterator[tuple[str, Any]]:
+        num_rows = min(PROVED_ROWS, options.limit or PROVED_ROWS)
+        for place, fields in islice(source.rows(candidates=task.formats), num_rows):
             if not isinstance(fields, BadRow):
                 with suppress(BadRow):
                     yield place, row_format.read(fields)
 
-    return prove(tokenizer, shapes(), supervise=options.supervise)
-
-
-def load_classification(
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    model_max_length: int | None,
-    known: ClassificationRows | None = None,
-    set_aside: Source | None = None,
-    head_labels: Sequence[str] = (),
-) -> ClassificationRows:
-    """Prepare the rows of ``source`` for a sequence classifier, or take them from the cache.
-
-    Args:
-        known: the training set, whose labels validation rows must keep to; None collects them.
-        set_aside: rows whose labels count as well, though they are not trained on.
-        head_labels: those of the checkpoint's own head, by index.
-
-    Raises:
-        UserError: damaged rows, an unknown label, or no rows.
-    """
-    import numpy as np
-
-    name = source.display_name
-    table, meta, counts, stats = _prepared_texts(source, tokenizer, model_max_length, known)
-    if known is not None:
-        names, spelt = known.label_names, known.spelt
-    else:
-        labels = set(table.unique("label"))
-        if set_aside is not None:
-            labels |= set(_prepared_texts(set_aside, tokenizer, model_max_length, None)[0].unique("label"))
-        if len(labels) < 2:
-            raise UserError(f"{name}: every row has the label {labels.pop()!r}; a classifier needs two labels or more")
-        names, spelt = numbered_labels(name, labels, head_labels)
-    number = {label: index for index, label in enumerate(spelt)}
-    indices = np.fromiter((number[label] for label in table["label"]), dtype=np.int32, count=len(table))
-    examples = table.select_columns(["input_ids"]).add_column("labels", indices)
-    is_model_limit = source.options(model_max_length).is_model_limit
-    return ClassificationRows(name, examples, names, spelt, meta["fingerprint"], counts, stats, is_model_limit)
-
-
-def _prepared_texts(
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    model_max_length: int | None,
-    known: ClassificationRows | None,
-) -> tuple[Any, dict[str, Any], RowCounts, RowStats]:
-    """Return the tokenised texts with the names of their labels, and what became of the rows."""
-    name, options = source.display_name, source.options(model_max_length)
-    names = None if known is None else known.spelt
-
-    def prepare(row_format: RowFormat) -> ClassificationPreparer:
-        return ClassificationPreparer(tokenizer, row_format, options, names)
-
-    facts = facts_of(source, tokenizer, options) | {"for": "classifier", "labels": names}
-    columns = {"input_ids": "ids", "label": "text"}
-    folder = build_once(
-        facts, lambda folder: Builder(source, options, folder, columns).build(prepare, is_classification=True)
-    )
-    meta, counts, stats = _read_meta(folder)
-    _require_rows(name, options, counts, num_examples=len(stats.lengths))
-    _log_counts(name, options, counts)
-    return _open(folder), meta, counts, stats
+    return prove(tokenizer, samples(), supervise=options.supervise)
 
 
 def _read_meta(folder: Path) -> tuple[dict[str, Any], RowCounts, RowStats]:

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from automodel.data.chat.stops import Stops
+from automodel.data.chat.stops import NO_STOPS, Stops
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from automodel.data.prepare.proof import Proof
+
+class Proof(NamedTuple):
+    """How many rows were compared with their texts, and where they differ, a line each."""
+
+    num_rows: int
+    differences: list[str]
+
+
+NO_PROOF = Proof(0, [])
 
 
 @dataclass(frozen=True)
@@ -101,29 +110,36 @@ class Prompts(Sequence[Prompt]):
 
 
 @dataclass(frozen=True)
-class SFTRows:
-    """Rows for a causal language model.
+class PreparedRows:
+    """The rows of one source, prepared for a task.
 
     Attributes:
-        examples: map-style rows of ``input_ids`` and ``labels``, both [T]; ``labels[t]`` is what position ``t``
-            must predict (the next token), or -100. With ``loss_weights`` [T] where a message has a weight of its own.
+        table: what the task keeps of every row, as a map-style table of its columns.
         prompts: a generation prompt for each row, in the rows' order; empty unless they were asked for.
-        format_name: what the rows were recognised as.
+        format_name: the format that the rows were recognised as.
         stops: the ends of answers that are supervised.
-        proof: what comparing the first rows' tokens with their texts gave.
+        proof: the result of comparing the first rows' tokens with their texts.
+        has_weights: whether a row has loss weights.
         is_model_limit: whether the model, and not ``dataset.max_length``, bounds the length of a row.
     """
 
     name: str
-    examples: Any
-    prompts: Sequence[Prompt]
+    table: Any
+    task: Any
     fingerprint: str
     counts: RowCounts
     stats: RowStats
-    format_name: str
-    stops: Stops
-    proof: Proof
+    format_name: str = ""
+    prompts: Sequence[Prompt] = ()
+    stops: Stops = NO_STOPS
+    proof: Proof = NO_PROOF
+    has_weights: bool = False
     is_model_limit: bool = False
+
+    @cached_property
+    def examples(self) -> Any:
+        """Map-style rows for the task's collator."""
+        return self.task.examples(self)
 
     @property
     def is_conversation(self) -> bool:
@@ -134,24 +150,3 @@ class SFTRows:
 def renders_with_template(format_name: str) -> bool:
     """Return whether rows of a format are rendered by a chat template."""
     return format_name in ("alpaca", "messages", "sharegpt")
-
-
-@dataclass(frozen=True)
-class ClassificationRows:
-    """Rows for a sequence classifier.
-
-    Attributes:
-        examples: map-style rows of ``input_ids`` [T] and ``labels``, an index into ``label_names``.
-        label_names: the classes by their index, as the model calls them.
-        spelt: the same as the rows spell them.
-        is_model_limit: as of SFTRows.
-    """
-
-    name: str
-    examples: Any
-    label_names: tuple[str, ...]
-    spelt: tuple[str, ...]
-    fingerprint: str
-    counts: RowCounts
-    stats: RowStats
-    is_model_limit: bool = False

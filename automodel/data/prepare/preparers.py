@@ -9,16 +9,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from automodel.data.chat.encode import added_ids
 from automodel.data.chat.stops import NO_STOPS, Stops
 from automodel.data.chat.templates import set_chat_template
 from automodel.data.formats.choose import (
     FormatName,
     Messages,
-    PlainText,
-    PromptCompletion,
     RowFormat,
-    TextLabel,
     UnknownFormat,
     choose_format,
     missing_fields,
@@ -29,14 +25,12 @@ from automodel.data.prepare.tokenize import (
     Tokens,
     Truncation,
     cut,
-    shifted_example,
     tokenize_input,
-    tokenize_shape,
 )
 from automodel.data.prepare.unused import unread_keys
 from automodel.data.rows import MAX_PROBLEMS, BadRow, Row, raise_problems
 from automodel.logs import get_logger, warn_for_all
-from automodel.types import IGNORE_INDEX, UserError
+from automodel.types import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,82 +88,42 @@ class Prepared(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SFTPreparer:
-    """Prepares a row for a causal language model; the answers alone are supervised."""
+class RowPreparer:
+    """Prepares the fields of a row for a task; picklable."""
 
     tokenizer: PreTrainedTokenizerBase
     format: RowFormat
     options: PrepareOptions
+    task: Any
     keeps_prompts: bool
 
     def __call__(self, fields: Mapping[str, Any]) -> Prepared:
-        shape, unused = self.format.read_with_rest(fields)
-        if isinstance(shape, Messages):
-            unused += [f"messages.{key}" for key in sorted(unread_keys(shape.turns, self.tokenizer.chat_template))]
-        return self._prepared(shape)._replace(unused=tuple(unused))
-
-    def _prepared(self, shape: PromptCompletion | Messages | PlainText) -> Prepared:
-        tokens = tokenize_shape(self.tokenizer, shape, supervise=self.options.supervise)
-        short = cut(
-            tokens,
-            max_length=self.options.max_length,
-            truncation=self.options.truncation,
-            limit=self.options.length_limit,
-        )
-        if short is None:
-            return Prepared(None, is_too_long=True)
-        example = shifted_example(short)
-        if example is None:
-            return Prepared(None)
-        record = {
-            **example,
-            "num_supervised": sum(label != IGNORE_INDEX for label in example["labels"]),
-            "has_end": short.end is not None,
-            "hash": _hash(example["input_ids"], example["labels"]),
-        }
-        record.setdefault("loss_weights", [])
-        if self.keeps_prompts:
-            record |= _prompt(self.tokenizer, shape, tokens, max_length=self.options.max_length)
-        stops = Stops(
-            frozenset(short.ids[end] for end in short.ends) & added_ids(self.tokenizer), frozenset(short.end_texts)
-        )
-        return Prepared(record, is_truncated=len(short.ids) < len(tokens.ids), notes=tokens.notes, stops=stops)
+        """Raises BadRow for a row that cannot be used."""
+        sample, unused = self.format.read_with_rest(fields)
+        if isinstance(sample, Messages):
+            unused += [f"messages.{key}" for key in sorted(unread_keys(sample.turns, self.tokenizer.chat_template))]
+        prepared = self.task.prepare(sample, self.tokenizer, self.options, keeps_prompts=self.keeps_prompts)
+        return prepared._replace(unused=tuple(unused))
 
 
-@dataclass(frozen=True)
-class ClassificationPreparer:
-    """Prepares a row for a sequence classifier."""
+def prepare_input(text: str, tokenizer: PreTrainedTokenizerBase, options: PrepareOptions, **targets: Any) -> Prepared:
+    """Tokenise a text that the model reads and does not write, cut as the options say.
 
-    tokenizer: PreTrainedTokenizerBase
-    format: RowFormat
-    options: PrepareOptions
-    label_names: tuple[str, ...] | None
-
-    def __call__(self, fields: Mapping[str, Any]) -> Prepared:
-        shape, unused = self.format.read_with_rest(fields)
-        return self._prepared(shape)._replace(unused=tuple(unused))
-
-    def _prepared(self, shape: TextLabel) -> Prepared:
-        names = self.label_names
-        if names is not None and shape.label not in names:
-            raise BadRow(
-                f"label {shape.label!r} does not occur in the training set; its labels: {_some(names)} "
-                "(on_bad_row=skip leaves such rows out)"
-            )
-        before, ids, after = tokenize_input(self.tokenizer, shape.text)
-        room = max(1, self.options.max_length - len(before) - len(after))
-        tokens = cut(
-            Tokens(ids, [0.0] * len(ids), 0),
-            max_length=room,
-            truncation=self.options.truncation,
-            limit=self.options.length_limit,
-        )
-        if tokens is None:
-            return Prepared(None, is_too_long=True)
-        whole = _without_trailing_pad(self.tokenizer, before + tokens.ids + after)
-        record = {"input_ids": whole, "label": shape.label, "num_supervised": 1, "has_end": True}
-        record["hash"] = _hash(whole, [])
-        return Prepared(record, is_truncated=len(tokens.ids) < len(ids))
+    Args:
+        targets: what it should answer, columns of the prepared row.
+    """
+    before, ids, after = tokenize_input(tokenizer, text)
+    tokens = cut(
+        Tokens(ids, [0.0] * len(ids), 0),
+        max_length=max(1, options.max_length - len(before) - len(after)),
+        truncation=options.truncation,
+        limit=options.length_limit,
+    )
+    if tokens is None:
+        return Prepared(None, is_too_long=True)
+    whole = _without_trailing_pad(tokenizer, before + tokens.ids + after)
+    record = {"input_ids": whole, **targets, "num_supervised": 1, "has_end": True, "hash": row_hash(whole, [])}
+    return Prepared(record, is_truncated=len(tokens.ids) < len(ids))
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, format_name: str, options: PrepareOptions) -> None:
@@ -178,7 +132,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, format_name: str, options: 
         set_chat_template(tokenizer, options.chat_template, options.chat_template_kwargs)
 
 
-def choose_first(rows: Iterable[ReadRow], options: PrepareOptions, *, is_classification: bool) -> RowFormat | None:
+def choose_first(rows: Iterable[ReadRow], options: PrepareOptions, *, candidates: Sequence[str]) -> RowFormat | None:
     """Return the format that the first row that can be read has; None where there is no such row.
 
     A field that the user names may be missing from the first row, if another of the first ones holds it.
@@ -189,7 +143,7 @@ def choose_first(rows: Iterable[ReadRow], options: PrepareOptions, *, is_classif
             continue
         try:
             fields = fields | _held_later(rows, missing_fields(options.columns, fields))
-            return choose_format(options.format, options.columns, row=fields, is_classification=is_classification)
+            return choose_format(options.format, options.columns, row=fields, candidates=candidates)
         except UnknownFormat as error:
             raise UserError(f"{place}: {error}") from error
     return None
@@ -230,30 +184,6 @@ def tell_skipped(name: str, counts: RowCounts) -> None:
         warn_for_all(log, "%s: %d damaged rows are skipped, the first of them:\n  %s", name, counts.num_bad, first)
 
 
-def _prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    shape: PromptCompletion | Messages | PlainText,
-    tokens: Tokens,
-    *,
-    max_length: int,
-) -> dict[str, str | list[int] | None]:
-    """Return what is asked, and as the answer the text of the tokens that training would have the model write."""
-    ids = tokens.ids[: tokens.num_prompt][-max_length:]  # the end of a prompt asks the question
-    written = max((i for i, weight in enumerate(tokens.weights) if weight), default=-1) + 1
-    answer = tokenizer.decode(tokens.ids[tokens.num_prompt : written], skip_special_tokens=True)
-    answer = Stops(texts=frozenset(tokens.end_texts)).cut(answer)
-    if isinstance(shape, PromptCompletion):
-        return {"prompt_ids": ids, "answer": answer, "question": shape.prompt, "kind": shape.kind}
-    if isinstance(shape, PlainText):
-        return {"prompt_ids": ids, "answer": answer, "question": "", "kind": None}
-    turns = shape.turns
-    weights = shape.weights or [None] * len(turns)
-    answers = (i for i, turn in enumerate(turns) if turn["role"] == "assistant" and weights[i] != 0)
-    last = max(answers, default=len(turns) - 1)
-    question = turns[last - 1]["content"] if last else ""
-    return {"prompt_ids": ids, "answer": answer, "question": question, "kind": None}
-
-
 def _without_trailing_pad(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     """Drop pad ids at the end: transformers' classifiers look for the last token that is not pad.
 
@@ -266,10 +196,7 @@ def _without_trailing_pad(tokenizer: PreTrainedTokenizerBase, ids: list[int]) ->
     return ids[:end]
 
 
-def _hash(ids: Sequence[int], labels: Sequence[int]) -> int:
+def row_hash(ids: Sequence[int], labels: Sequence[int]) -> int:
+    """Return what tells a row from others, by its tokens and labels."""
     digest = hashlib.blake2b(json.dumps([ids, labels]).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-def _some(names: Sequence[str], limit: int = 12) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

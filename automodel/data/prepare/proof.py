@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from automodel.data.chat.encode import Tokens, leading_ids
-from automodel.data.formats.choose import Messages, PlainText, PromptCompletion
-from automodel.data.prepare.tokenize import Supervise, tokenize_shape
+from automodel.data.formats.choose import Messages, PromptCompletion
+from automodel.data.prepare.prepared import Proof
+from automodel.data.prepare.tokenize import Supervise, tokenize_sample
 from automodel.data.rows import BadRow
 
 if TYPE_CHECKING:
@@ -18,30 +19,23 @@ PROVED_ROWS = 16
 _SHOWN_CHARACTERS = 60
 
 
-class Proof(NamedTuple):
-    """How many rows were compared, and where they differ, a line each."""
-
-    num_rows: int
-    differences: list[str]
-
-
 def prove(
     tokenizer: PreTrainedTokenizerBase,
-    rows: Iterable[tuple[str, PromptCompletion | Messages | PlainText]],
+    rows: Iterable[tuple[str, Any]],
     *,
     supervise: Supervise,
 ) -> Proof:
     """Tokenise rows, each with its place, and compare with the tokenizer's own ids and with the decoded answers."""
     num_rows, differences = 0, []
-    for place, shape in rows:
-        if isinstance(shape, PlainText):  # supervised as a whole
+    for place, sample in rows:
+        if not isinstance(sample, PromptCompletion | Messages):  # another kind of row has no part that is supervised
             continue
         try:
-            tokens = tokenize_shape(tokenizer, shape, supervise=supervise)
+            tokens = tokenize_sample(tokenizer, sample, supervise=supervise)
         except BadRow:
             continue
         num_rows += 1
-        difference = difference_of(tokenizer, tokens, is_conversation=isinstance(shape, Messages))
+        difference = difference_of(tokenizer, tokens, is_conversation=isinstance(sample, Messages))
         if difference is not None:
             differences.append(f"{place}: {difference}")
     return Proof(num_rows, differences)

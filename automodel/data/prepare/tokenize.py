@@ -1,4 +1,4 @@
-"""From a row's shape to token ids with their loss weights, cut to length."""
+"""From what a format reads to token ids with their loss weights, cut to length."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Truncation = Literal["right", "left", "drop", "error"]
 Supervise = Literal["all", "last"]
 
 
-def tokenize_shape(
-    tokenizer: PreTrainedTokenizerBase, shape: PromptCompletion | Messages | PlainText, *, supervise: Supervise = "all"
+def tokenize_sample(
+    tokenizer: PreTrainedTokenizerBase, sample: PromptCompletion | Messages | PlainText, *, supervise: Supervise = "all"
 ) -> Tokens:
     """Tokenise a row; ``supervise`` says whether all answers of a conversation count, or the last alone.
 
@@ -31,11 +31,11 @@ def tokenize_shape(
         BadRow: see `tokenize_messages`.
         UserError: the tokenizer has no eos token.
     """
-    if isinstance(shape, PromptCompletion):
-        return tokenize_completion(tokenizer, shape)
-    if isinstance(shape, PlainText):
-        return tokenize_plain_text(tokenizer, shape)
-    return tokenize_messages(tokenizer, shape, supervise=supervise)
+    if isinstance(sample, PromptCompletion):
+        return tokenize_completion(tokenizer, sample)
+    if isinstance(sample, PlainText):
+        return tokenize_plain_text(tokenizer, sample)
+    return tokenize_messages(tokenizer, sample, supervise=supervise)
 
 
 def tokenize_input(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int], list[int]]:

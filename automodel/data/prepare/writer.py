@@ -8,7 +8,7 @@ import json
 import multiprocessing
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -41,8 +41,12 @@ class Source(Protocol):
     def display_name(self) -> str:
         """What the rows are called in messages."""
 
-    def rows(self, *, is_classification: bool) -> Iterable[ReadRow]:
-        """Yield every row with its place, a damaged one as what is wrong with it."""
+    def rows(self, *, candidates: Sequence[str] = ()) -> Iterable[ReadRow]:
+        """Yield every row with its place, and a damaged one with its error.
+
+        Args:
+            candidates: the formats that are wanted, for a source that can give several.
+        """
 
     def identity(self) -> Any:
         """Return what tells these rows from others without reading them all, for JSON."""
@@ -64,12 +68,11 @@ class Builder:
         self.stops = Stops()
         self.hash = hashlib.sha256(_canonical(deciding(options)))
 
-    def build(self, prepare: Callable[[RowFormat], Any], *, is_classification: bool) -> None:
+    def build(self, prepare: Callable[[RowFormat], Any], *, candidates: Sequence[str]) -> None:
         """Prepare every row; raises UserError for damaged ones."""
         from datasets.arrow_writer import ArrowWriter
 
-        rows = self.source.rows(is_classification=is_classification)
-        row_format = choose_first(rows, self.options, is_classification=is_classification)
+        row_format = choose_first(self.source.rows(candidates=candidates), self.options, candidates=candidates)
         stats = {"lengths": array("i"), "num_supervised": array("i"), "has_end": array("b"), "hashes": array("q")}
         has_weights = False
         if row_format is not None:
@@ -78,7 +81,7 @@ class Builder:
                 closing(ArrowWriter(path=str(self.folder / "rows.arrow"), features=self._features())) as writer,
                 progress(self.options.limit, description=f"preparing {self.source.display_name}") as bar,
             ):
-                for number, (place, prepared) in enumerate(self._prepared(preparer, is_classification), start=1):
+                for number, (place, prepared) in enumerate(self._prepared(preparer, candidates), start=1):
                     record = self._counted(place, prepared)
                     if record is None:
                         continue
@@ -100,8 +103,8 @@ class Builder:
         }
         (self.folder / "meta.json").write_text(json.dumps(meta))
 
-    def _prepared(self, preparer: Any, is_classification: bool) -> Iterator[tuple[str, Prepared | BadRow]]:
-        rows = islice(self.source.rows(is_classification=is_classification), self.options.limit)
+    def _prepared(self, preparer: Any, candidates: Sequence[str]) -> Iterator[tuple[str, Prepared | BadRow]]:
+        rows = islice(self.source.rows(candidates=candidates), self.options.limit)
         num_proc = self._num_proc()
         if num_proc == 1:
             for row in self._hashed(rows):
@@ -158,7 +161,8 @@ class Builder:
     def _features(self) -> Any:
         from datasets import Features, List, Value
 
-        kinds = {"ids": List(Value("int32")), "weights": List(Value("float32")), "text": Value("string")}
+        kinds = {"ids": List(Value("int32")), "weights": List(Value("float32")), "text": Value("string"),
+                 "int": Value("int64"), "float": Value("float32")}  # fmt: skip
         return Features({name: kinds[kind] for name, kind in self.columns.items()})
 
 

@@ -34,17 +34,27 @@ def reduce_loss(
     else:
         denominator = torch.tensor(len(loss_store), dtype=torch.int64, device=device)
     all_reduce_sum_(denominator, dp_group)
-    return sum_losses(loss_store, device=device, dp_group=dp_group), denominator
+    (loss_sum,) = sum_losses([loss_store], device=device, dp_group=dp_group)
+    return loss_sum, denominator
 
 
 def sum_losses(
-    losses: Sequence[torch.Tensor], *, device: torch.device, dp_group: dist.ProcessGroup | None
-) -> torch.Tensor:
-    """Return the sum of scalars over this rank's ``losses`` (perhaps none) and the group, float32 on ``device``."""
-    parts = [loss.detach().to(device=device, dtype=torch.float32).reshape(()) for loss in losses]
-    loss_sum = torch.stack(parts).sum() if parts else torch.zeros((), device=device)
-    all_reduce_sum_(loss_sum, dp_group)
-    return loss_sum
+    losses: Sequence[Sequence[torch.Tensor]], *, device: torch.device, dp_group: dist.ProcessGroup | None
+) -> list[torch.Tensor]:
+    """Return, for each list of this rank's scalars (perhaps empty), their sum over the list and the group.
+
+    One reduction serves all lists; every rank of the group must give the same number of them.
+
+    Returns:
+        float32 scalars on ``device``.
+    """
+    sums = []
+    for each in losses:
+        parts = [loss.detach().to(device=device, dtype=torch.float32).reshape(()) for loss in each]
+        sums.append(torch.stack(parts).sum() if parts else torch.zeros((), device=device))
+    total = torch.stack(sums) if len(sums) > 1 else sums[0].reshape(1)
+    all_reduce_sum_(total, dp_group)
+    return list(total.unbind())
 
 
 def sum_on_host(sums: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None) -> dict[str, torch.Tensor]:
