@@ -10,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 _SHARD_DESCRIPTIONS = ("__create_chunk_list__", "__create_write_items__")
-"""What MegatronFSDP's package notes on the local part of an unevenly sharded tensor, for torch's checkpoint."""
+"""What a handle's ``describe_shards`` notes on the local part of a tensor, for torch's distributed checkpoint."""
 
 
 class HostCopy:

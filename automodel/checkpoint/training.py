@@ -26,8 +26,7 @@ from automodel.checkpoint.retention import Retention, delete
 from automodel.checkpoint.room import free_room
 from automodel.checkpoint.staging import HostCopy, num_bytes, share_of
 from automodel.checkpoint.unpickling import PlainPlanner, PlainReader, hidden_code, plain
-from automodel.distributed.parallel.handle import is_megatron_fsdp, unwrap
-from automodel.distributed.parallel.megatron_fsdp import describe_uneven_shards
+from automodel.distributed.parallel.handle import handle_of
 from automodel.distributed.runtime.agreement import on_every_rank, run_on_all_ranks, run_on_main
 from automodel.distributed.runtime.side_group import _create_gloo_group
 from automodel.logs import get_logger, warn_for_all
@@ -291,7 +290,7 @@ def load_checkpoint(folder: Path, state: TrainState) -> tuple[dict[str, Any], di
             "run code and is not loaded: go on with that version, or make a model of it with python -m automodel.export"
         )
     set_state_dict(
-        _named_model(state.model),
+        handle_of(state.model).plain_model,
         state.optimizer,
         model_state_dict=app["model"],
         optim_state_dict=app["optimizer"] | options,
@@ -324,13 +323,13 @@ def _step_folders(folder: Path) -> list[Path]:
 
 
 def _app_state(state: TrainState) -> dict[str, Any]:
-    model, optimizer = get_state_dict(_named_model(state.model), state.optimizer, options=_options(state.model))
-    for name, parameter in unwrap(state.model).named_parameters(remove_duplicate=False):
+    handle = handle_of(state.model)
+    model, optimizer = get_state_dict(handle.plain_model, state.optimizer, options=_options(state.model))
+    for name, parameter in handle.plain_model.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
             model.pop(name, None)  # the second name of a tied weight, which torch does not know to be frozen
     app = {"model": model, "optimizer": optimizer}
-    if is_megatron_fsdp(state.model):
-        describe_uneven_shards(app)
+    handle.describe_shards(app)
     return app
 
 
@@ -364,11 +363,6 @@ def _options(model: nn.Module) -> StateDictOptions:
         ignore_frozen_params=has_frozen,
         strict=not has_frozen,
     )
-
-
-def _named_model(model: nn.Module) -> nn.Module:
-    """Return the module that gives every weight the same name whatever the strategy; torch's own are seen through."""
-    return model.module if is_megatron_fsdp(model) else model
 
 
 def _write_progress(partial: Path, progress: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from automodel.data.chat.stops import NO_STOPS, Stops
+from automodel.distributed.parallel.handle import handle_of
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,6 @@ class GenerationEvaluation:
         tokenizer: PreTrainedTokenizerBase,
         *,
         prompts: Sequence[Prompt],
-        sample_shard: tuple[int, int] | None,
         device: torch.device,
         dp_group: dist.ProcessGroup,
         stops: Stops = NO_STOPS,
@@ -68,9 +68,8 @@ class GenerationEvaluation:
 
         Args:
             model: as trained, perhaps wrapped.
-            sample_shard: what ``dp_eval_sample_shard`` gave: this rank's own share of the prompts, or None where
-                the ranks of ``dp_group`` share them out too but must generate in lockstep.
             device: where the model computes.
+            dp_group: the ranks that share out the prompts.
             stops: the ends that training supervises; the model's generation settings name those that are tokens.
             autocast: the context in which it computes.
         """
@@ -79,13 +78,14 @@ class GenerationEvaluation:
         from automodel.distributed.runtime.agreement import CutShort, run_on_all_ranks
 
         rank, size = dist.get_rank(dp_group), dist.get_world_size(dp_group)
-        is_alone = sample_shard is not None
+        handle = handle_of(model)
+        is_alone = size > 1 and not handle.generates_in_lockstep
         prompts = prompts[: self.num_rows]
 
         def answer() -> list[tuple[int, str]] | None:
             place = {"share": (rank, size), "is_alone": is_alone, "device": device}
-            with autocast():
-                return self._answer(model, tokenizer, prompts, poll=poll, **place)
+            with autocast(), handle.generating() as generator:
+                return self._answer(generator, tokenizer, prompts, poll=poll, **place)
 
         answers = run_on_all_ranks(answer) if is_alone else answer()
         gathered: list[Any] = [None] * size
@@ -96,7 +96,7 @@ class GenerationEvaluation:
 
     def _answer(
         self,
-        model: nn.Module,
+        generator: Any,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[Prompt],
         *,
@@ -106,16 +106,12 @@ class GenerationEvaluation:
         poll: StopPoll | None,
     ) -> list[tuple[int, str]] | None:
         """Return (index, answer) for this rank's share of the prompts; None if it was cut short, alone."""
-        from automodel.distributed.parallel.handle import is_megatron_fsdp, unwrap
         from automodel.screen import progress
 
         rank, size = share
         in_lockstep = not is_alone and size > 1
-        generator = unwrap(model)
         was_training = generator.training
         generator.eval()
-        if is_megatron_fsdp(model):
-            model.start_param_sync()  # as its own forward would, which generate() does not come through
         answers: list[tuple[int, str]] = []
         try:
             with progress(len(prompts), description="generating answers") as bar:

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from automodel.checkpoint.weight_reader import some
-from automodel.distributed.parallel.handle import is_peft_model, reshard, unwrap
-from automodel.distributed.parallel.layers import decoder_layers
+from automodel.distributed.parallel.handle import handle_of
+from automodel.distributed.parallel.layers import decoder_layers, is_peft_model
 from automodel.types import RunError
 
 _NUM_ROWS, _LENGTH = 2, 16
@@ -62,7 +61,8 @@ def probe(
     Args:
         autocast: the context in which it computed while it was trained.
     """
-    vocab_size = unwrap(model).config.get_text_config().vocab_size
+    handle = handle_of(model)
+    vocab_size = handle.plain_model.config.get_text_config().vocab_size
     tokens = torch.randint(vocab_size, (_NUM_ROWS, _LENGTH), generator=torch.Generator().manual_seed(0))
     dtypes: set[torch.dtype] = set()
 
@@ -85,7 +85,7 @@ def probe(
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-        reshard(model)
+        handle.reshard()
     coarsest = max(torch.finfo(dtype).eps for dtype in dtypes | {logits.dtype} if dtype.is_floating_point)
     return Probe(logits.float().cpu(), max(_FLOAT32_TOLERANCE, coarsest * (2 + len(layers) ** 0.5)))
 
@@ -120,7 +120,7 @@ def verify(
         use_host_attention(base)
         loaded = _load_adapter(folder, base)
     else:
-        loaded = _load_model(folder, _plain_class(model))
+        loaded = _load_model(folder, handle_of(model).plain_class)
         use_host_attention(loaded)
     _compare_weights(loaded.state_dict(), digests)
     compare(probe(loaded), expected=expected)
@@ -170,11 +170,6 @@ def _compare_weights(loaded: Mapping[str, torch.Tensor], digests: Digests) -> No
 
 def _checksum(weight: torch.Tensor) -> int:
     return zlib.crc32(weight.detach().contiguous().flatten().view(torch.uint8).numpy())
-
-
-def _plain_class(model: nn.Module) -> type[PreTrainedModel]:
-    """Return the model's class of transformers, in whose place FSDP2 puts one of its own."""
-    return next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
 
 
 def _load_model(folder: Path, model_class: type[PreTrainedModel]) -> PreTrainedModel:

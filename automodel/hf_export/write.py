@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from automodel.distributed.parallel.handle import is_megatron_fsdp, is_peft_model, unwrap
-from automodel.distributed.parallel.megatron_fsdp import full_state_dict
+from automodel.distributed.parallel.handle import handle_of
+from automodel.distributed.parallel.layers import is_peft_model
 from automodel.distributed.runtime.agreement import run_on_all_ranks, run_on_main
 from automodel.hf_export.verification import Digests, ExportError, digests_of, probe, verify
 
@@ -53,9 +52,10 @@ def export_model(
     Raises:
         ExportError: on every rank, where what was written could not be verified; it says where that is.
     """
-    unwrapped = unwrap(model)
+    handle = handle_of(model)
+    unwrapped = handle.plain_model
     has_adapter = is_peft_model(unwrapped)
-    weights = _whole_weights(model, only_trained=has_adapter)
+    weights = handle.whole_weights(only_trained=has_adapter)
 
     def write(partial: Path) -> Digests:
         if dtype is not None and not has_adapter:
@@ -146,11 +146,3 @@ def _free_name(folder: Path) -> Path:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _whole_weights(model: nn.Module, *, only_trained: bool) -> dict[str, torch.Tensor]:
-    if is_megatron_fsdp(model):
-        trained = {name for name, parameter in model.module.named_parameters() if parameter.requires_grad}
-        return full_state_dict(model, names=trained if only_trained else None)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_trained)
-    return get_model_state_dict(model, options=options)

@@ -65,7 +65,8 @@ class LoRA:
 
 def is_adapted(model: nn.Module) -> bool:
     """Return whether a model, perhaps wrapped, has PEFT's adapters."""
-    from automodel.distributed.parallel.handle import is_peft_model, unwrap
+    from automodel.distributed.parallel.handle import unwrap
+    from automodel.distributed.parallel.layers import is_peft_model
 
     return is_peft_model(unwrap(model))
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from automodel.distributed.parallel.handle import handle_of
 from automodel.types import IGNORE_INDEX, UserError
 
 if TYPE_CHECKING:
@@ -51,8 +52,6 @@ def require_isolation(
     """
     import torch
 
-    from automodel.distributed.parallel.handle import reshard
-
     first, second = _documents(vocab_size)
     was_training = model.training
     model.eval()
@@ -66,7 +65,7 @@ def require_isolation(
         raise UserError(_refusal(attention, f"does not take packed rows ({type(error).__name__}: {error})")) from error
     finally:
         model.train(was_training)
-        reshard(model)
+        handle_of(model).reshard()
     pairs = list(zip(before, after, strict=True))
     if torch.equal(*pairs.pop(CHANGED_DOCUMENT)):
         raise UserError(_refusal(attention, "gave a packed document the same logits after its tokens were replaced"))

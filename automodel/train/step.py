@@ -9,20 +9,16 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from automodel.data.batches.batch import Batch
 from automodel.distributed.parallel.gradients import (
     clip_coefficient,
     mean_scale,
-    num_ranks_averaged,
     scale_gradients_,
     total_grad_norm,
-    zero_gradients,
 )
-from automodel.distributed.parallel.handle import find_wrapper
+from automodel.distributed.parallel.handle import handle_of
 from automodel.distributed.parallel.reduce import sum_losses
-from automodel.distributed.parallel.sync import get_sync_ctx
 from automodel.distributed.runtime.agreement import on_every_rank
 from automodel.distributed.runtime.waits import to_host, wait_for, wait_for_event
 from automodel.losses.objective import Objective, Sums
@@ -125,11 +121,11 @@ def train_step(
     )
     counts_ready = dist.all_reduce(counts, async_op=True)
 
-    results = []
+    handle, results = handle_of(model), []
     for index, batch in enumerate(micro_batches):
         is_last = index == len(micro_batches) - 1
         batch = batch.to(config.device)
-        with get_sync_ctx(model, is_last, config.defer_grad_sync):
+        with handle.sync_context(is_last, defer=config.defer_grad_sync):
             with config.autocast():
                 sums = objective(model, batch)
             sums.loss.backward()
@@ -143,7 +139,7 @@ def train_step(
     wait_for(counts_ready)
     counts[:-2] //= dist.get_world_size() // dist.get_world_size(config.dp_group)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    num_averaged = num_ranks_averaged(model, dist.get_world_size(config.dp_group))
+    num_averaged = handle.num_ranks_averaged(dist.get_world_size(config.dp_group))
     # It stays on the host, which knows the counts: a copy to the device would wait for the whole backward, and a scalar
     # of the host travels with the operation that takes it.
     scale = mean_scale(counts[0], num_averaged)
@@ -155,7 +151,7 @@ def train_step(
     count, *others = counts.tolist()
     if count:
         _step_unless(optimizer, is_bad)
-    zero_gradients(model, optimizer)
+    handle.zero_gradients(optimizer)
     terms_by_name = dict(zip(names, terms, strict=True))
     return StepResult(loss_sum, grad_norm, DeferredFlag(is_bad), terms_by_name, count, *others)
 
@@ -177,20 +173,24 @@ def _require_same_terms(results: Sequence[Sums]) -> None:
 def warm_up_buckets(
     model: nn.Module, batch: Batch, *, objective: Objective, optimizer: torch.optim.Optimizer, config: StepConfig
 ) -> None:
-    """Have DDP order its buckets before the first step; every rank must call it, with any micro-batch of its own.
+    """Run a backward before the first step if the wrapper orders its buckets by it; every rank must call it.
 
-    DDP orders them anew after the first backward. Of three or more ranks, the place of a gradient in its bucket
-    decides the order in which it is summed, so that the first step of a resumed run would differ in the last bits from
-    that of the run that was never stopped. No weight, no gradient and no random state changes. It takes the memory of a
-    step's micro-batch: the model is in the mode in which it trains.
+    Otherwise the first step of a resumed run would sum gradients in another order than a run that was never stopped,
+    and differ in the last bits. No weight, no gradient and no random state changes. It takes the memory of a step's
+    micro-batch: the model is in the mode in which it trains.
+
+    Args:
+        batch: any micro-batch of this rank.
     """
-    if not isinstance(find_wrapper(model), DistributedDataParallel) or dist.get_world_size(config.dp_group) < 3:
+    handle = handle_of(model)
+    if not handle.needs_warm_up(dist.get_world_size(config.dp_group)):
         return
     state = rng_state()
-    with config.autocast():
-        sums = objective(model, batch.to(config.device))
-    sums.loss.backward()
-    zero_gradients(model, optimizer)
+    with handle.sync_context(True, defer=config.defer_grad_sync):
+        with config.autocast():
+            sums = objective(model, batch.to(config.device))
+        sums.loss.backward()
+    handle.zero_gradients(optimizer)
     set_rng_state(state)
 
 

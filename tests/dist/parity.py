@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from automodel.data.batches.collate import CausalLMCollator
 from automodel.data.batches.loader import TrainLoader
-from automodel.losses.objective import as_objective
 from automodel.losses.cross_entropy import CrossEntropy
+from automodel.losses.objective import as_objective
 from automodel.models.adapters import LoRA
 from automodel.optim.optimizers import adamw, parameter_groups, sgd
+from automodel.tasks.causal_lm import CausalLM
 from automodel.train.step import StepConfig, train_step
 from tests.conftest import SHARED_DATA
 from tests.dist.tiny import clean_name, full, parallel_model

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -23,8 +22,8 @@ from automodel.checkpoint.staging import HostCopy
 from automodel.checkpoint.training import Checkpointer, SaveError, TrainState, require_whole
 from automodel.data.batches.collate import CausalLMCollator
 from automodel.data.batches.loader import TrainLoader
-from automodel.losses.objective import as_objective
 from automodel.losses.cross_entropy import CrossEntropy
+from automodel.losses.objective import as_objective
 from automodel.optim.optimizers import adamw, parameter_groups
 from automodel.train.step import StepConfig, train_step
 from automodel.types import UserError

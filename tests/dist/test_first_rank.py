@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 
 from automodel.distributed import initialize_distributed
+from automodel.distributed.runtime.agreement import PeerError
 from automodel.distributed.runtime.first_rank import (
     FirstRankPerNode,
     barrier_and_log,
 )
-from automodel.distributed.runtime.agreement import PeerError
 from automodel.distributed.runtime.side_group import _barrier_with_timeout, _create_gloo_group
 from automodel.distributed.runtime.watchdog import start_watchdog
 from automodel.types import UserError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +13,8 @@ from automodel.data.batches.collate import PackedCollator
 from automodel.data.batches.loader import TrainLoader
 from automodel.data.batches.packing import PackedRows, pack
 from automodel.distributed.runtime.agreement import run_on_all_ranks
-from dataclasses import replace
-from automodel.losses.objective import as_objective
-from dataclasses import replace
 from automodel.losses.cross_entropy import CrossEntropy, forward_logits
+from automodel.losses.objective import as_objective
 from automodel.models.isolation import require_isolation
 from automodel.train.step import StepConfig, train_step
 from automodel.types import UserError

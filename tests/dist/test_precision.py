@@ -10,8 +10,8 @@ import torch
 from automodel.data.batches.collate import CausalLMCollator
 from automodel.data.batches.loader import TrainLoader
 from automodel.distributed.parallel.precision import convert_weights_
-from automodel.losses.objective import as_objective
 from automodel.losses.cross_entropy import CrossEntropy
+from automodel.losses.objective import as_objective
 from automodel.train.step import StepConfig, train_step
 from tests.dist.test_step_parity import GradientCatcher
 from tests.dist.tiny import parallel_model, tiny_llama, uneven_rows

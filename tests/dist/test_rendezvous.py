@@ -22,7 +22,6 @@ from automodel.distributed import destroy_global_state, initialize_distributed
 from automodel.distributed.runtime import dist_info, rendezvous
 from automodel.distributed.runtime.dist_info import before_destroy
 from automodel.distributed.runtime.rendezvous import _ranks
-from automodel.tasks.causal_lm import CausalLM
 from tests.dist.pool import RankPool, free_port, run_fresh
 
 SHORT = 3 / 60  # minutes

@@ -10,16 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from automodel.hf_export.write import export_model
-from automodel.checkpoint.weight_reader import WeightReader
 from automodel.checkpoint.retention import Retention
 from automodel.checkpoint.training import Checkpointer, TrainState, load_checkpoint
+from automodel.checkpoint.weight_reader import WeightReader
 from automodel.data.batches.collate import CausalLMCollator
 from automodel.data.batches.loader import TrainLoader
 from automodel.distributed.runtime.dist_info import get_store
 from automodel.eval.generation import GenerationEvaluation
-from automodel.losses.objective import as_objective
+from automodel.hf_export.write import export_model
 from automodel.losses.cross_entropy import CrossEntropy
+from automodel.losses.objective import as_objective
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.optim.optimizers import adamw, parameter_groups
 from automodel.train.step import StepConfig, train_step
@@ -113,12 +113,11 @@ def test_its_export_loads_to_the_same_logits(two_ranks, tmp_path, strategy):
 
 def answers(strategy: str) -> list[tuple[str, str, str]]:
     from automodel.data.prepare.prepared import Prompt
-    from automodel.distributed import dp_eval_sample_shard
 
-    model, layout, dp = parallel_model(strategy)
+    model, _, dp = parallel_model(strategy)
     prompts = [Prompt(prompt_ids=[3 + i, 4, 5 + i], question=str(i), answer="x", kind=None) for i in range(5)]
     scores = GenerationEvaluation(batch_size=1, max_new_tokens=4, num_samples=5).run(
-        model, build_char_tokenizer(), prompts=prompts, sample_shard=dp_eval_sample_shard(layout, dp.rank, dp.size),
+        model, build_char_tokenizer(), prompts=prompts,
         device=torch.device("cpu"), dp_group=dp.group,
     )  # fmt: skip
     return scores.samples
@@ -148,7 +147,7 @@ def failing_answers() -> str:
     prompts = [Prompt(prompt_ids=[3], question="", answer="", kind=None)] * 4
     try:
         Broken(batch_size=1, max_new_tokens=2).run(
-            model, build_char_tokenizer(), prompts=prompts, sample_shard=(dp.rank, dp.size), device=torch.device("cpu"),
+            model, build_char_tokenizer(), prompts=prompts, device=torch.device("cpu"),
             dp_group=dp.group,
         )  # fmt: skip
     except (PeerError, KeyError) as error:
@@ -158,7 +157,6 @@ def failing_answers() -> str:
 
 def answers_cut_short(strategy: str) -> tuple[bool, int]:
     from automodel.data.prepare.prepared import Prompt
-    from automodel.distributed import dp_eval_sample_shard
     from automodel.distributed.runtime.agreement import CutShort, StopPoll
 
     rounds = []
@@ -170,11 +168,11 @@ def answers_cut_short(strategy: str) -> tuple[bool, int]:
                 get_store().wait(["stop/requested"])  # these ranks do not go together
             return super()._generate(*args, **options)
 
-    model, layout, dp = parallel_model(strategy)
+    model, _, dp = parallel_model(strategy)
     prompts = [Prompt(prompt_ids=[3, 4], question="", answer="", kind=None)] * 40
     try:
         Counting(batch_size=1, max_new_tokens=1).run(
-            model, build_char_tokenizer(), prompts=prompts, sample_shard=dp_eval_sample_shard(layout, dp.rank, dp.size),
+            model, build_char_tokenizer(), prompts=prompts,
             device=torch.device("cpu"), dp_group=dp.group,
             poll=StopPoll(lambda: dist.get_rank() == 1 and len(rounds) >= 1),
         )  # fmt: skip

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from automodel.data.batches.collate import CausalLMCollator
 from automodel.data.batches.loader import TrainLoader
-from automodel.losses.objective import as_objective
 from automodel.losses.cross_entropy import CrossEntropy
+from automodel.losses.objective import as_objective
 from automodel.train.step import StepConfig, train_step
 from tests.dist.tiny import clean_name, full, parallel_model, tiny_llama, uneven_rows
 

@@ -13,21 +13,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from automodel.data.batches.batch import Batch
 from automodel.data.batches.collate import CausalLMCollator
 from automodel.data.batches.loader import TrainLoader
 from automodel.data.prepare.prepared import Prompt
 from automodel.distributed.parallel.ddp import DDP
 from automodel.distributed.parallel.fsdp2 import FSDP2
 from automodel.eval.generation import GenerationEvaluation
-from automodel.data.batches.batch import Batch
-from automodel.losses.objective import as_objective
 from automodel.losses.cross_entropy import CrossEntropy
+from automodel.losses.objective import as_objective
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.optim.schedules import constant
 from automodel.train.flops import TrainingFlops
 from automodel.train.loop import Evaluator, Timeouts, TrainLoop
 from automodel.train.meter import Meter
-from automodel.train.step import StepConfig, warm_up_buckets, train_step
+from automodel.train.step import StepConfig, train_step, warm_up_buckets
 from automodel.train.step_scheduler import StepScheduler
 from tests.dist.tiny import cpu_info, full, parallel_model, tiny_llama, uneven_rows
 
@@ -152,6 +152,31 @@ def test_settling_the_buckets_leaves_weights_gradients_and_random_state(four_ran
     assert four_ranks.run(left_by_settling) == [(True, True, True)] * 4
 
 
+def gradients_of_a_step(is_first: bool, is_warmed_up: bool) -> list[torch.Tensor]:
+    """Return what the optimizer of the first or second step is given, of weights that never change."""
+
+    class Keeping(torch.optim.Optimizer):
+        def step(self) -> None:
+            self.kept = [p.grad.clone() for p in self.param_groups[0]["params"]]
+
+    model = DDP().parallelize(tiny_llama(), dist_info=cpu_info(), mesh=None)
+    optimizer = Keeping(model.parameters(), {})
+    batches = [CausalLMCollator(0)(uneven_rows(4)[dist.get_rank() :]) for _ in range(2)]
+    options = {"loss_fn": CrossEntropy(), "optimizer": optimizer, "config": step_config()}
+    if is_warmed_up:
+        warm_up_buckets(model, batches[0], **options)
+    for batch in batches[: 1 if is_first else 2]:
+        train_step(model, [batch], **options)
+    return optimizer.kept
+
+
+def test_the_first_step_of_ddp_sums_in_the_order_of_all_later_ones(four_ranks):
+    second = four_ranks.run(gradients_of_a_step, False, False)[0]
+    for is_warmed_up in (True, False):
+        first = four_ranks.run(gradients_of_a_step, True, is_warmed_up)[0]
+        assert all(map(torch.equal, first, second)) == is_warmed_up
+
+
 def answers_in_train_mode(dropout: float) -> tuple[list[str], bool]:
     model = tiny_llama().train()
     for module in model.modules():
@@ -159,7 +184,7 @@ def answers_in_train_mode(dropout: float) -> tuple[list[str], bool]:
             module.attention_dropout = dropout
     prompts = [Prompt(prompt_ids=[3 + i, 4, 5 + i], question=str(i), answer="x", kind=None) for i in range(4)]
     scores = GenerationEvaluation(batch_size=2, max_new_tokens=8, num_samples=4).run(
-        model, build_char_tokenizer(), prompts=prompts, sample_shard=None, device=torch.device("cpu"),
+        model, build_char_tokenizer(), prompts=prompts, device=torch.device("cpu"),
         dp_group=dist.group.WORLD,
     )  # fmt: skip
     return [sample[2] for sample in scores.samples], all(module.training for module in model.modules())

@@ -15,11 +15,11 @@ from automodel.distributed import clip_gradients, dp_eval_sample_shard, get_sync
 from automodel.distributed.parallel.ddp import DDP
 from automodel.distributed.parallel.fsdp2 import FSDP2
 from automodel.distributed.parallel.gradients import total_grad_norm
+from automodel.distributed.parallel.megatron_fsdp import MegatronFSDP
 from automodel.distributed.parallel.strategy import data_parallel
+from automodel.distributed.parallel.tensor_parallel import apply_tensor_parallel
 from automodel.distributed.runtime.agreement import set_collective_timeout
 from automodel.distributed.runtime.side_group import _create_gloo_group
-from automodel.distributed.parallel.megatron_fsdp import MegatronFSDP
-from automodel.distributed.parallel.tensor_parallel import apply_tensor_parallel
 from automodel.models.adapters import LoRA
 from automodel.tasks.causal_lm import CausalLM
 from automodel.types import UserError

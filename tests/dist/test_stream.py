@@ -14,14 +14,15 @@ import torch.distributed as dist
 
 from automodel.data.batches.collate import CausalLMCollator, PackedCollator
 from automodel.data.batches.loader import Loader, TrainLoader
-from tests.unit.rows import load_sft
-from automodel.data.prepare.preparers import RowPreparer, choose_first
-from automodel.data.sources import JsonlDataset
 from automodel.data.batches.stream import START, Stream, StreamLoader
 from automodel.data.batches.train_set import build_train_set
+from automodel.data.prepare.preparers import RowPreparer, choose_first
+from automodel.data.sources import JsonlDataset
 from automodel.distributed.runtime.first_rank import node_group
 from automodel.models.char_tokenizer import build_char_tokenizer as build_tokenizer
+from automodel.tasks.causal_lm import CausalLM
 from automodel.types import UserError
+from tests.unit.rows import load_sft
 
 NUM_ROWS = 203
 BATCH = 12

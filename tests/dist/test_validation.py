@@ -15,8 +15,8 @@ from automodel.data.batches.loader import ValidationBatches
 from automodel.distributed.runtime.agreement import CutShort, StopPoll
 from automodel.eval.metrics import ConfusionMatrix
 from automodel.eval.validation import Validation, validate
-from automodel.losses.objective import as_objective
 from automodel.losses.cross_entropy import CrossEntropy
+from automodel.losses.objective import as_objective
 from tests.dist.tiny import parallel_model, tiny_llama, uneven_rows
 
 

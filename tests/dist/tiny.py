@@ -12,11 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from automodel.distributed.parallel.ddp import DDP
-from automodel.distributed.runtime.dist_info import DistInfo
 from automodel.distributed.parallel.fsdp2 import FSDP2
 from automodel.distributed.parallel.megatron_fsdp import MegatronFSDP, whole_tensor
 from automodel.distributed.parallel.strategy import DataParallel, data_parallel
-from automodel.tasks.causal_lm import CausalLM
+from automodel.distributed.runtime.dist_info import DistInfo
 from tests.dist import cuda_streams
 
 VOCAB = 48

@@ -207,14 +207,15 @@ def test_an_export_that_is_not_the_model_is_kept_under_a_name_that_says_so(
 def test_the_export_at_the_end_of_a_run_is_verified_too(tmp_path, monkeypatch, base):
     from transformers import AutoModelForCausalLM
 
+    from automodel.distributed.parallel.handle import PlainHandle
     from automodel.hf_export import write as end_of_run
     from automodel.hf_export.verification import ExportError
 
     model = AutoModelForCausalLM.from_pretrained(base)
     monkeypatch.setattr(end_of_run, "run_on_main", lambda action: action())
-    whole_weights = end_of_run._whole_weights
-    monkeypatch.setattr(end_of_run, "_whole_weights", lambda *args, **named: corrupted(whole_weights(*args, **named)))
-    monkeypatch.setattr(end_of_run, "everywhere", lambda action: action())
+    whole_weights = PlainHandle.whole_weights
+    monkeypatch.setattr(PlainHandle, "whole_weights", lambda *args, **named: corrupted(whole_weights(*args, **named)))
+    monkeypatch.setattr(end_of_run, "run_on_all_ranks", lambda action: action())
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "earlier").touch()
     for name in ("model.unverified", "model.unverified.2"):

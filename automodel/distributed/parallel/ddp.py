@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from automodel.distributed.parallel.handle import Handle, register_handle
 from automodel.distributed.parallel.layers import enable_activation_checkpointing
 from automodel.distributed.parallel.precision import MixedOrPurePrecision, compute_dtype
-from automodel.distributed.parallel.strategy import build_mesh
+from automodel.distributed.parallel.strategy import Strategy, build_mesh
+from automodel.types import UserError
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class DDP:
+class DDP(Strategy):
     """What ``distributed=ddp`` configures; see ``conf/distributed/ddp.yaml``."""
 
     defer_grad_sync: bool = True
@@ -28,8 +32,6 @@ class DDP:
     activation_checkpointing: bool = False
 
     name = "ddp"
-    is_sharded = False
-    length_multiple = 1
 
     def build_mesh(self, dist_info: DistInfo) -> DeviceMesh:
         """Return the mesh of replicas; every rank must call it."""
@@ -52,16 +54,46 @@ class DDP:
             model, device_ids=device_ids, gradient_as_bucket_view=True, **{sync_buffers: False}
         )
 
-    def device_of_shards(self, dist_info: DistInfo) -> torch.device | None:
-        """Return None: ``parallelize`` takes a model with its weights alone."""
-        return None
-
-    def prepare_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        """Leave ``optimizer`` as it is."""
-
     def autocast(self, device: torch.device) -> AbstractContextManager:
         """Return the context of a forward: mixed precision with the weights kept as they are."""
         import torch
 
         dtype = compute_dtype(self.mixed_precision, device)
         return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+@register_handle("torch.nn.parallel.DistributedDataParallel")
+class DDPHandle(Handle):
+    """The handle of DDP, which averages over its group in the last backward of a step."""
+
+    def sync_context(self, is_optim_step: bool, *, defer: bool) -> AbstractContextManager[None]:
+        """Reduce on the last micro-batch alone, whatever ``defer`` says.
+
+        Raises:
+            UserError: on leaving the last micro-batch, where trained parameters got no gradient.
+        """
+        return self._reduced() if is_optim_step else self.wrapper.no_sync()
+
+    @contextmanager
+    def _reduced(self) -> Iterator[None]:
+        yield
+        named = self.wrapper.module.named_parameters()
+        unused = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
+        if unused:
+            # DDP waits for every one of them: the gradients of this step were not reduced, and torch says nothing yet.
+            raise UserError(
+                f"{len(unused)} trained parameters take no part in the loss, such as {unused[0]}: "
+                "distributed=ddp reduces nothing without them; freeze them, or use distributed=fsdp2"
+            )
+
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Return the group of the replicas."""
+        return [self.wrapper.process_group]
+
+    def needs_warm_up(self, dp_size: int) -> bool:
+        """Return whether there are three or more ranks.
+
+        DDP reorders its buckets after its first backward, and the place of a gradient in its bucket decides the order
+        in which three or more ranks are summed.
+        """
+        return dp_size >= 3

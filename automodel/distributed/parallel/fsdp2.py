@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from automodel.distributed.parallel.handle import Handle, register_handle, without_compile
 from automodel.distributed.parallel.layers import decoder_layers, enable_activation_checkpointing
 from automodel.distributed.parallel.precision import MixedOrPurePrecision, compute_dtype
-from automodel.distributed.parallel.strategy import REPLICATE_AXIS, SHARD_AXIS, TP_AXIS, build_mesh
+from automodel.distributed.parallel.strategy import REPLICATE_AXIS, SHARD_AXIS, TP_AXIS, Strategy, build_mesh
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FSDP2:
+class FSDP2(Strategy):
     """What ``distributed=fsdp2`` configures; see ``conf/distributed/fsdp2.yaml``."""
 
     defer_grad_sync: bool = True
@@ -94,9 +97,52 @@ class FSDP2:
             earlier = layers[max(0, index - self.num_prefetched_layers) : index]
             layer.set_modules_to_backward_prefetch(earlier[::-1])
 
-    def prepare_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        """Leave ``optimizer`` as it is."""
 
-    def autocast(self, device: torch.device) -> AbstractContextManager:
-        """Return the context of a forward: none, since the sharded units cast by themselves."""
-        return nullcontext()
+@register_handle("torch.distributed.fsdp.FSDPModule")
+class FSDP2Handle(Handle):
+    """The handle of FSDP2 and HSDP, which shard a model in place and average over the axes of their mesh."""
+
+    generates_in_lockstep = True
+
+    @property
+    def plain_model(self) -> Any:
+        """The model itself: it is sharded in place."""
+        return without_compile(self.model)
+
+    @property
+    def plain_class(self) -> type:
+        """The model's class in transformers, which ``fully_shard`` replaces by a subclass of its own."""
+        from torch.distributed.fsdp import FSDPModule
+
+        return next(kind for kind in type(self.plain_model).__mro__ if not issubclass(kind, FSDPModule))
+
+    @contextmanager
+    def sync_context(self, is_optim_step: bool, *, defer: bool) -> Iterator[None]:
+        """Reduce-scatter on the last micro-batch, or on each one without ``defer``; all-reduce on the last alone."""
+        self._set_sync(reduce_scatter=is_optim_step or not defer, all_reduce=is_optim_step, last=is_optim_step)
+        try:
+            yield
+        finally:
+            # The setters are sticky: leave the module as torch makes it.
+            self._set_sync(reduce_scatter=True, all_reduce=True, last=True)
+
+    def _set_sync(self, *, reduce_scatter: bool, all_reduce: bool, last: bool) -> None:
+        for unit in self._units():
+            unit.set_requires_gradient_sync(reduce_scatter, recurse=False)
+            unit.set_requires_all_reduce(all_reduce, recurse=False)
+            unit.set_is_last_backward(last)
+
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Return the groups of shards and of replicas."""
+        mesh = self.wrapper._get_fsdp_state()._fsdp_param_group.mesh_info.mesh
+        return [mesh.get_group(axis) for axis in range(mesh.ndim)]
+
+    def reshard(self) -> None:
+        """Free the outermost parameters, which stay gathered after a forward without a backward."""
+        for unit in self._units():
+            unit.reshard()
+
+    def _units(self) -> list[Any]:
+        from torch.distributed.fsdp import FSDPModule
+
+        return [module for module in self.model.modules() if isinstance(module, FSDPModule)]

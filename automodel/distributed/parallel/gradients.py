@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
-from automodel.distributed.parallel.handle import find_wrapper, is_megatron_fsdp
+from automodel.distributed.parallel.handle import handle_of
 from automodel.distributed.parallel.reduce import all_reduce_, all_reduce_sum_
 
 if TYPE_CHECKING:
@@ -28,14 +26,6 @@ def scale_gradients_(parameters: Iterable[nn.Parameter], factor: torch.Tensor) -
         return
     is_known = factor.device.type == "cpu" and grads[0].device.type != "cpu"  # to the host, which need not copy it
     torch._foreach_mul_(grads, factor.item() if is_known else factor.to(grads[0].device))
-
-
-def zero_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Free every gradient, MegatronFSDP's buffers too."""
-    optimizer.zero_grad(set_to_none=True)
-    wrapper = find_wrapper(model)
-    if is_megatron_fsdp(wrapper):
-        wrapper.zero_grad_buffer()
 
 
 @torch.no_grad()
@@ -97,12 +87,6 @@ def mean_scale(num_label_tokens: torch.Tensor, num_averaged: int) -> torch.Tenso
     return torch.where(tokens > 0, num_averaged / tokens.clamp(min=1), torch.zeros_like(tokens))
 
 
-def num_ranks_averaged(model: nn.Module, num_ranks: int) -> int:
-    """Return over how many of the ``num_ranks`` data-parallel ranks gradients were averaged: 1 where they are sums."""
-    wrapper = find_wrapper(model)
-    return 1 if is_megatron_fsdp(wrapper) and wrapper.calculate_per_token_loss else num_ranks
-
-
 @torch.no_grad()
 def rescale_gradients(
     model: nn.Module, num_tokens_for_grad_scaling: torch.Tensor, dp_group: dist.ProcessGroup | None = None
@@ -117,12 +101,13 @@ def rescale_gradients(
         dp_group: the ranks that share the rows. None: those over which the model's wrapper reduces, so that
             replicas cannot drift apart; a plain model counts for itself alone.
     """
+    handle = handle_of(model)
     num_tokens = num_tokens_for_grad_scaling.detach().clone().to(torch.int64)
     num_ranks = 1
-    for group in _groups_of(model) if dp_group is None else [dp_group]:
+    for group in handle.groups() if dp_group is None else [dp_group]:
         all_reduce_sum_(num_tokens, group)
         num_ranks *= dist.get_world_size(group)
-    scale_gradients_(model.parameters(), mean_scale(num_tokens, num_ranks_averaged(model, num_ranks)))
+    scale_gradients_(model.parameters(), mean_scale(num_tokens, handle.num_ranks_averaged(num_ranks)))
 
 
 @torch.no_grad()
@@ -147,19 +132,6 @@ def clip_gradients(
     if clip_norm is not None:
         scale_gradients_(parameters, clip_coefficient(norm, clip_norm))
     return norm
-
-
-def _groups_of(model: nn.Module) -> list[dist.ProcessGroup]:
-    """Return the groups over which the wrapper of ``model`` reduces gradients, one after another."""
-    wrapper = find_wrapper(model)
-    if wrapper is None:
-        return []
-    if isinstance(wrapper, DistributedDataParallel):
-        return [wrapper.process_group]
-    if isinstance(wrapper, FSDPModule):
-        mesh = wrapper._get_fsdp_state()._fsdp_param_group.mesh_info.mesh
-        return [mesh.get_group(axis) for axis in range(mesh.ndim)]
-    return [wrapper.dist_index.get_dp_group()]
 
 
 def _local(grad: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""Find the repeated decoder layers of a transformers model from the model itself."""
+"""What a transformers model says about itself: its repeated decoder layers, and whether it has adapters."""
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,3 +29,9 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 def enable_activation_checkpointing(model: nn.Module) -> None:
     """Recompute the activations of every decoder layer in the backward instead of keeping them."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Return whether ``model`` is PEFT's wrapper of a model with adapters; imports nothing."""
+    package = sys.modules.get("peft")
+    return package is not None and isinstance(model, package.PeftModel)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from automodel.distributed.parallel.handle import Handle, register_handle
 from automodel.distributed.parallel.layers import decoder_layers, enable_activation_checkpointing
 from automodel.distributed.parallel.precision import MixedPrecision, compute_dtype, convert_weights_
-from automodel.distributed.parallel.strategy import REPLICATE_AXIS, SHARD_AXIS, TP_AXIS, build_mesh
+from automodel.distributed.parallel.strategy import REPLICATE_AXIS, SHARD_AXIS, TP_AXIS, Strategy, build_mesh
 from automodel.types import UserError
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class MegatronFSDP:
+class MegatronFSDP(Strategy):
     """What ``distributed=megatron_fsdp`` configures; see ``conf/distributed/megatron_fsdp.yaml``."""
 
     zero_stage: Literal[1, 2, 3] = 3
@@ -33,7 +36,6 @@ class MegatronFSDP:
 
     name = "megatron_fsdp"
     is_sharded = True
-    length_multiple = 1
 
     def build_mesh(self, dist_info: DistInfo) -> DeviceMesh:
         """Return the mesh (replicas, shards); every rank must call it.
@@ -79,10 +81,6 @@ class MegatronFSDP:
             calculate_per_token_loss=True,
         )
 
-    def device_of_shards(self, dist_info: DistInfo) -> torch.device | None:
-        """Return None: ``parallelize`` takes a model with its weights alone."""
-        return None
-
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, model: Any) -> None:
         """Have every step of ``optimizer`` copied into the weights that the next forward computes with.
 
@@ -90,23 +88,67 @@ class MegatronFSDP:
         """
         optimizer.register_step_post_hook(lambda *_: model.install_optimized_model_weights())
 
-    def autocast(self, device: torch.device) -> AbstractContextManager:
-        """Return the context of a forward: none, since the weights are in the computing precision."""
-        return nullcontext()
 
+@register_handle("megatron_fsdp.MegatronFSDP")
+class MegatronFSDPHandle(Handle):
+    """The handle of the package's wrapper, which keeps weights and gradients in buffers of its own."""
 
-def full_state_dict(model: Any, *, names: set[str] | None = None) -> dict[str, torch.Tensor]:
-    """Return the weights (or those of ``names``) whole and on the CPU; every rank must call it.
+    generates_in_lockstep = True
 
-    Names are those of the wrapped model. One weight at a time is gathered on every rank.
-    """
-    from torch.distributed.tensor import DTensor
+    @contextmanager
+    def sync_context(self, is_optim_step: bool, *, defer: bool) -> Iterator[None]:
+        """Reduce as the ZeRO stage allows, whatever ``defer`` says.
 
-    return {
-        name: (whole_tensor(value) if isinstance(value, DTensor) else value).detach().cpu()
-        for name, value in model.module.state_dict().items()
-        if names is None or name in names
-    }
+        Stage 1 reduces on the last micro-batch, stages 2 and 3 on each one; the outer axis waits for the last.
+        """
+        wrapper, before = self.wrapper, self.wrapper.model_auto_sync
+        wrapper.model_auto_sync = False  # it would reduce a buffer of accumulated gradients again
+        wrapper.is_last_microbatch = is_optim_step
+        try:
+            yield
+            if is_optim_step:
+                wrapper.finish_grad_sync()
+                _give_empty_shards_a_gradient(wrapper)
+        finally:
+            wrapper.model_auto_sync = before
+            wrapper.is_last_microbatch = False
+
+    def num_ranks_averaged(self, dp_size: int) -> int:
+        """Return 1 where the wrapper sums, as ``parallelize`` has it do."""
+        return 1 if self.wrapper.calculate_per_token_loss else dp_size
+
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Return the group of all shards and replicas."""
+        return [self.wrapper.dist_index.get_dp_group()]
+
+    def zero_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Free every gradient, and zero the wrapper's buffers."""
+        optimizer.zero_grad(set_to_none=True)
+        self.wrapper.zero_grad_buffer()
+
+    def whole_weights(self, *, only_trained: bool) -> dict[str, torch.Tensor]:
+        """Return the whole weights on each rank, gathered one at a time."""
+        from torch.distributed.tensor import DTensor
+
+        model = self.plain_model
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return {
+            name: (whole_tensor(value) if isinstance(value, DTensor) else value).detach().cpu()
+            for name, value in model.state_dict().items()
+            if name in trained or not only_trained
+        }
+
+    def describe_shards(self, state: dict[str, Any]) -> None:
+        """Note which part of each tensor this rank holds: the shards are uneven."""
+        from megatron_fsdp.uneven_dtensor import preprocess_state_dict_for_uneven_dtensor
+
+        preprocess_state_dict_for_uneven_dtensor(state)
+
+    @contextmanager
+    def generating(self) -> Iterator[Any]:
+        """Gather the parameters as the wrapper's forward does, which ``generate`` bypasses."""
+        self.wrapper.start_param_sync()
+        yield self.plain_model
 
 
 def whole_tensor(tensor: DTensor) -> torch.Tensor:
@@ -126,11 +168,23 @@ def whole_tensor(tensor: DTensor) -> torch.Tensor:
     return whole
 
 
-def describe_uneven_shards(state: dict[str, Any]) -> None:
-    """Tell torch's distributed checkpoint which part of each tensor of ``state`` this rank holds; a collective."""
-    from megatron_fsdp.uneven_dtensor import preprocess_state_dict_for_uneven_dtensor
+def _give_empty_shards_a_gradient(wrapper: nn.Module) -> None:
+    """Let every rank step every parameter, so that the optimizer's state has the same entries on all of them."""
+    import torch
+    from torch.distributed.tensor import DTensor
 
-    preprocess_state_dict_for_uneven_dtensor(state)
+    for parameter in wrapper.parameters():
+        is_empty = isinstance(parameter, DTensor) and parameter.to_local().numel() == 0
+        if parameter.requires_grad and parameter.grad is None and is_empty:
+            empty = torch.zeros_like(parameter.to_local())
+            parameter.grad = DTensor.from_local(
+                empty,
+                parameter.device_mesh,
+                parameter.placements,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
 
 
 def _require_cuda_streams() -> None:

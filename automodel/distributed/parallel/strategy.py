@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,8 +12,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from automodel.types import UserError
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     import torch
     import torch.distributed as dist
     from torch import nn
@@ -31,32 +30,40 @@ TP_AXIS = "tp"
 
 
 class Strategy(Protocol):
-    """What every option of ``distributed`` offers; the classes are in a file each.
+    """What every option of ``distributed`` offers; each subclass has a file of its own and overrides what differs.
 
     Attributes:
-        is_sharded: a forward of one rank needs the others.
+        is_sharded: a forward on one rank needs the others.
         length_multiple: what the length of a batch should be a multiple of.
     """
 
     name: str
-    is_sharded: bool
-    length_multiple: int
-    defer_grad_sync: bool
+    is_sharded: bool = False
+    length_multiple: int = 1
+    defer_grad_sync: bool = True
 
     def build_mesh(self, dist_info: DistInfo) -> DeviceMesh:
         """Return the mesh of all ranks; every rank must call it."""
 
     def parallelize(self, model: nn.Module, *, dist_info: DistInfo, mesh: DeviceMesh) -> nn.Module:
-        """Move ``model`` to the device and wrap or shard it; every rank must call it."""
+        """Move ``model`` to the device and wrap or shard it; every rank must call it.
+
+        The file that holds the strategy registers the Handle of its wrapper (``parallel/handle.py``).
+        """
 
     def device_of_shards(self, dist_info: DistInfo) -> torch.device | None:
-        """Return where the shards of a model belong that came to ``parallelize`` on the meta device; None: none may."""
+        """Return where to put the shards of a model that came to ``parallelize`` on the meta device.
+
+        None: ``parallelize`` takes a model only with its weights.
+        """
+        return None
 
     def prepare_optimizer(self, optimizer: Optimizer, model: nn.Module) -> None:
         """Tie ``optimizer`` to what ``parallelize`` returned."""
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
-        """Return the context of a forward."""
+        """Return the context of a forward: none, where the weights or the wrapper decide the computing precision."""
+        return nullcontext()
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from automodel.distributed.parallel.handle import is_peft_model
-from automodel.distributed.parallel.layers import decoder_layers
+from automodel.distributed.parallel.layers import decoder_layers, is_peft_model
 from automodel.types import UserError
 
 if TYPE_CHECKING:
