@@ -1,4 +1,4 @@
-"""Logging: rank 0 speaks, other ranks only warn."""
+"""Logging: rank 0 logs everything, other ranks only warnings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints through the console that also draws the progress bar, so that they do not garble each other."""
+    """Prints through the console that also draws the progress bar, so they do not garble each other."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -30,7 +30,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 class _MaskingFormatter(logging.Formatter):
-    """Leaves secrets out, whatever words they come in."""
+    """Masks secrets in the finished line."""
 
     def format(self, record: logging.LogRecord) -> str:
         return masked_text(super().format(record))
@@ -42,7 +42,7 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def warn_for_all(logger: logging.Logger, message: str, *args: object) -> None:
-    """Log a warning that every rank comes to alike: rank 0 speaks."""
+    """Log, on rank 0, a warning that is the same on every rank."""
     if _is_main:
         logger.warning(message, *args)
 
@@ -52,8 +52,8 @@ def speaks_for_all() -> bool:
     return _is_main
 
 
-def setup_logging(rank: int, log_file: Path | None = None) -> None:
-    """Send our log lines to the screen, and on rank 0 to ``log_file``; calling again begins anew."""
+def setup_logging(rank: int) -> None:
+    """Send our log lines to the screen; calling it again replaces the handlers."""
     global _is_main
     _is_main = rank == 0
     root = logging.getLogger(_ROOT)
@@ -66,8 +66,6 @@ def setup_logging(rank: int, log_file: Path | None = None) -> None:
     root.addHandler(handler)
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     root.propagate = False
-    if log_file is not None and rank == 0:
-        add_log_file(log_file)
     _quieten_libraries()
 
 
@@ -83,7 +81,7 @@ _CHATTER = (
     "Input and output embeddings are no longer tied after merging",  # as the merged config.json says too
     "torch.distributed is disabled, unavailable or uninitialized",  # one process saves without collectives
 )
-"""The first words of library warnings that a user can do nothing about."""
+"""The first words of library warnings that a user cannot act on."""
 
 
 def _quieten_libraries() -> None:

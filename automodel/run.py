@@ -21,7 +21,7 @@ from automodel.config.targets import resolve
 from automodel.launch.local import LocalLaunch
 from automodel.launch.submission import forget_interactive_step, submission_of
 from automodel.launch.sweep import run_sweep
-from automodel.launch.worker import die_with_launcher, is_worker, leave
+from automodel.launch.worker import die_with_launcher, exit_process, is_worker
 from automodel.logs import get_logger, setup_logging
 from automodel.runner.process import report_problems, run_rank
 from automodel.types import ExitStatus, UserError
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"{DRY_BUILD} builds one configuration on this machine: leave out -m, and use launch=local")
     except UserError as error:
         report_problems(error, is_shared=False)
-        leave(ExitStatus.BAD_INPUT)
+        exit_process(ExitStatus.BAD_INPUT)
     if hydra_flags(argv):
         _show_by_hydra(argv)
         return
@@ -58,13 +58,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if jobs is not None:
         sys.exit(run_sweep(jobs))
     elif is_worker(os.environ):
-        leave(run_rank(cfg, argv, is_dry=is_dry))
+        exit_process(run_rank(cfg, argv, is_dry=is_dry))
     else:
         launch = _launch_of(cfg)
         if not isinstance(launch, LocalLaunch):
             sys.exit(_submit(launch, cfg, argv))
         if launch.nproc_per_node == 1 and not launch.max_restarts:
-            leave(run_rank(cfg, argv, is_dry=is_dry))
+            exit_process(run_rank(cfg, argv, is_dry=is_dry))
         log.info("%s: starting %d processes", cfg.recipe.name, launch.nproc_per_node)
         sys.exit(launch.run("automodel.run", [*argv, *([DRY_BUILD] if is_dry else [])]))
 

@@ -1,4 +1,4 @@
-"""What a person sees of slow work: the phase that a run is in, and how far it has come.
+"""What a person sees of slow work: the current phase of a run, and its progress.
 
 On a terminal, live lines at the bottom of the screen; elsewhere, and in ``train.log``, ordinary log lines.
 """
@@ -10,8 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
-from rich.text import Text
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from automodel.logs import console, get_logger, speaks_for_all
 
@@ -23,10 +31,10 @@ _SECONDS_BETWEEN_LINES = 60.0
 
 @dataclass
 class Bar:
-    """How far a piece of counted work is: a bar on a terminal, a line a minute elsewhere, nothing on other ranks.
+    """The progress of counted work: a bar on a terminal, a line a minute elsewhere, nothing on other ranks.
 
     Attributes:
-        total: None where it is not known beforehand.
+        total: None if it is not known beforehand.
         is_logged: whether it writes lines where there is no terminal.
     """
 
@@ -48,41 +56,28 @@ class Bar:
             log.info("%s: %s%s in %.0f s", self.description, f"{done:,}", out_of, now - self._started_at)
 
 
-class _Count(ProgressColumn):
-    """Items done and how long the rest may take; for work that is not counted, the seconds it has taken."""
-
-    def render(self, task: Task) -> Text:
-        if task.fields["is_phase"]:
-            return Text(f"{task.elapsed or 0:.0f} s")
-        if task.total is None:
-            return Text(f"{task.completed:,.0f}")
-        left = "" if task.time_remaining is None else f"  {_clock(task.time_remaining)} left"
-        return Text(f"{task.completed:,.0f}/{task.total:,.0f}{left}")
-
-
-class _BarIfCounted(BarColumn):
-    def render(self, task: Task) -> Text:
-        return Text("") if task.fields["is_phase"] else super().render(task)
-
-
 class _Screen:
-    """The live lines of this process; they exist only while there is something to show."""
+    """The live lines of this process, a phase or any number of bars; they exist only while there is work to show."""
 
     def __init__(self) -> None:
         self.live: Progress | None = None
-        self._phase: TaskID | None = None
+        self._is_phase = False
 
-    def add(self, description: str, *, total: int | None, is_phase: bool) -> TaskID | None:
+    def add(self, description: str, *, total: int | None = None, is_phase: bool = False) -> TaskID | None:
         if not speaks_for_all() or not console.is_terminal:
             return None
+        if self._is_phase:
+            self.close()
         if self.live is None:
-            columns = (
-                SpinnerColumn(), TextColumn("{task.description}"), _BarIfCounted(), _Count(),
-                TextColumn("{task.fields[text]}"),
-            )  # fmt: skip
-            self.live = Progress(*columns, console=console, transient=True, refresh_per_second=5)
+            counts = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+            columns = (TextColumn("{task.description}"), *((TimeElapsedColumn(),) if is_phase else counts))
+            text = TextColumn("{task.fields[text]}")
+            self.live = Progress(SpinnerColumn(), *columns, text, console=console, transient=True, refresh_per_second=5)
             self.live.start()
-        return self.live.add_task(description, total=total, text="", is_phase=is_phase)
+            self._is_phase = is_phase
+        elif is_phase:
+            return None  # the bars say more
+        return self.live.add_task(description, total=total, text="")
 
     def remove(self, task: TaskID | None) -> None:
         if task is None or self.live is None:
@@ -91,14 +86,8 @@ class _Screen:
         if not self.live.tasks:
             self.close()
 
-    def set_phase(self, description: str | None) -> None:
-        before, self._phase = self._phase, None
-        if description is not None:
-            self._phase = self.add(description, total=None, is_phase=True)
-        self.remove(before)
-
     def close(self) -> None:
-        live, self.live, self._phase = self.live, None, None
+        live, self.live, self._is_phase = self.live, None, False
         if live is not None:
             live.stop()
 
@@ -107,16 +96,15 @@ _screen = _Screen()
 
 
 def show_phase(description: str) -> None:
-    """Say on rank 0 what the run does from now on, until the next phase or the next counted work."""
+    """Show on rank 0 what the run does from now on, until the next phase or the next counted work."""
     log.info("%s", description)
-    _screen.set_phase(description)
+    _screen.add(description, is_phase=True)
 
 
 @contextmanager
 def progress(total: int | None, *, description: str, is_logged: bool = True) -> Iterator[Bar]:
-    """Show on rank 0 how far the block is; bars may be inside one another."""
-    _screen.set_phase(None)
-    bar = Bar(description, total, is_logged, _screen.add(description, total=total, is_phase=False))
+    """Show the progress of the block on rank 0; bars may be inside one another."""
+    bar = Bar(description, total, is_logged, _screen.add(description, total=total))
     try:
         yield bar
     finally:
@@ -124,11 +112,5 @@ def progress(total: int | None, *, description: str, is_logged: bool = True) -> 
 
 
 def clear_screen_lines() -> None:
-    """Take the live lines off the terminal and give it its cursor back; what ends the process calls it."""
+    """Remove the live lines from the terminal and give it its cursor back, before the process ends."""
     _screen.close()
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -110,7 +110,7 @@ def _stages(
         note()
 
     def watch(note: Callable[[], None]) -> None:
-        kept["dog"] = start_watchdog(kept["info"], 4, tell=print, before_exit=print)
+        kept["dog"] = start_watchdog(kept["info"], 4, report=print, before_exit=print)
         dist.barrier()
         note()
 

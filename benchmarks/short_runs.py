@@ -71,14 +71,14 @@ def _train_a_little() -> None:
     import torch
 
     from automodel.distributed import destroy_global_state, initialize_distributed
-    from automodel.launch.worker import leave
+    from automodel.launch.worker import exit_process
 
     initialize_distributed("auto")
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
     for _ in range(5):
         model(torch.randn(8, 64)).sum().backward()
     destroy_global_state()
-    leave(0)
+    exit_process(0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The last words of a run that ended early: the command that continues it."""
+"""The last lines of a run that ended early: the command that continues it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def continuation(argv: list[str], output_dir: Path, *, env: Mapping[str, str] = 
     if not any(arg.startswith("output_dir=") for arg in argv):
         folder = str(output_dir)
         words.append(f"output_dir={folder if re.fullmatch('[A-Za-z0-9._/@+-]+', folder) else quoted(folder)}")
-    is_foreign = is_worker(env) and LAUNCHER_PID not in env
-    where = ", under the same launcher" if is_foreign else ""
-    return f"to continue{where}:\n  {shlex.join([_python(), '-m', 'automodel.run', *words])}"
+    where = ", under the same launcher" if is_worker(env) and LAUNCHER_PID not in env else ""
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    return f"to continue{where}:\n  {shlex.join([python, '-m', 'automodel.run', *words])}"
 
 
 def note_continuation(text: str, checkpoints: Path) -> None:
-    """Leave ``text`` for our launcher, which has the last word, even where this process is killed."""
+    """Leave ``text`` for our launcher, which prints it last, even if this process is killed."""
     if folder := os.environ.get(STATUS_DIR):
         (Path(folder) / _NOTE).write_text(f"{checkpoints.absolute()}\n{text}")
 
@@ -48,7 +48,3 @@ def noted_continuation(folder: Path) -> str | None:
 def has_checkpoint(checkpoints: Path) -> bool:
     """Return whether a run has saved."""
     return (checkpoints / "latest").exists()
-
-
-def _python() -> str:
-    return "python" if shutil.which("python") == sys.executable else sys.executable

@@ -18,17 +18,16 @@ from typing import TYPE_CHECKING
 from automodel.launch.continuation import noted_continuation
 from automodel.launch.run_id import default_run_id
 from automodel.launch.worker import LAUNCHER_PID, STATUS_DIR, first_failure
+from automodel.processes import signal_handler
 from automodel.types import ExitStatus
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig
 
-FORWARDED = "SIGTERM,SIGHUP,SIGQUIT,SIGUSR1"
-"""What the agent hands on to the workers: the usual ones, and the one that schedulers send ahead of a time limit.
-
-SIGINT is handed on as well, but by our own handler, which knows the second one.
-"""
+FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+"""Signals that the agent forwards to the workers: the usual ones, and the one that schedulers send ahead of a time
+limit. SIGINT is forwarded by our own handler, which treats the second one differently."""
 
 _SAVING_SECONDS = "600"
 """How long the ranks may take to save after a signal; the agent's own 30 are too few for a large model."""
@@ -36,7 +35,7 @@ _SAVING_SECONDS = "600"
 
 @dataclass(frozen=True)
 class LocalLaunch:
-    """What ``launch=local`` configures."""
+    """The options of ``launch=local``."""
 
     nproc_per_node: int = 1
     max_restarts: int = 0
@@ -53,31 +52,28 @@ class LocalLaunch:
 
         _quieten_agent()
         run_id = default_run_id()
-        with tempfile.TemporaryDirectory(prefix="automodel-") as name, _environment(self._environment(name, run_id)):
+        with tempfile.TemporaryDirectory(prefix="automodel-") as name, _environment(self._variables(name, run_id)):
             folder = Path(name)
             try:
-                with _interrupts(folder):
+                with _interruptible(folder):
                     agent.elastic_launch(self._agent_config(folder, run_id), sys.executable)("-m", module, *argv)
                 status = _status_of(folder, if_none=ExitStatus.DONE)
             except ChildFailedError as error:
-                _tell_what_failed(folder, error)
+                _report_first_failure(folder, error)
                 status = ExitStatus.FAILED
             except SignalException as error:
-                _tell(f"stopped by {error.sigval.name}")
+                _report(f"stopped by {error.sigval.name}")
                 status = _status_of(folder, if_none=ExitStatus.FAILED)
-            told = noted_continuation(folder)
-            if told is not None and status in (ExitStatus.STOPPED, ExitStatus.FAILED):
-                print(told, file=sys.stderr, flush=True)
+            command = noted_continuation(folder)
+            if command is not None and status in (ExitStatus.STOPPED, ExitStatus.FAILED):
+                print(command, file=sys.stderr, flush=True)
             return status
 
-    def _environment(self, folder: str, run_id: str) -> dict[str, str]:
-        return {
-            STATUS_DIR: folder,
-            LAUNCHER_PID: str(os.getpid()),
-            "AUTOMODEL_RUN_ID": run_id,
-            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SAVING_SECONDS),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self._threads())),
-        }
+    def _variables(self, folder: str, run_id: str) -> dict[str, str]:
+        num_threads = max(1, (os.cpu_count() or 1) // self.nproc_per_node)
+        defaults = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": _SAVING_SECONDS, "OMP_NUM_THREADS": str(num_threads)}
+        ours = {STATUS_DIR: folder, LAUNCHER_PID: str(os.getpid()), "AUTOMODEL_RUN_ID": run_id}
+        return {name: os.environ.get(name, default) for name, default in defaults.items()} | ours
 
     def _agent_config(self, folder: Path, run_id: str) -> LaunchConfig:
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -91,43 +87,32 @@ class LocalLaunch:
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             max_restarts=self.max_restarts,
-            monitor_interval=0.1,
             # A folder of the agent's own choice would stay in the system's temporary one.
             logs_specs=DefaultLogsSpecs(log_dir=str(folder / "agent")),
-            signals_to_handle=FORWARDED,
+            signals_to_handle=",".join(signum.name for signum in FORWARDED),
         )
-
-    def _threads(self) -> int:
-        return max(1, (os.cpu_count() or 1) // self.nproc_per_node)
 
 
 def _status_of(folder: Path, *, if_none: ExitStatus) -> int:
     written = {int(path.read_text()) for path in folder.glob("rank-*")}
-    for status in (ExitStatus.BAD_INPUT, ExitStatus.STOPPED, ExitStatus.DONE):
-        if status in written:
-            return status
-    return if_none
+    ordered = (ExitStatus.BAD_INPUT, ExitStatus.STOPPED, ExitStatus.DONE)
+    return next((status for status in ordered if status in written), if_none)
 
 
-def _tell_what_failed(folder: Path, error: ChildFailedError) -> None:
-    """Say which rank failed first; what a rank had to say of it comes last on the screen."""
+def _report_first_failure(folder: Path, error: ChildFailedError) -> None:
+    """Say which rank failed first; a rank's own report comes last on the screen."""
     rank, failure = error.get_first_failure()
-    told = first_failure(folder)
-    if told is None or failure.exitcode < 0:
-        _tell(f"rank {rank} {_what_happened(failure)}; the run is ended")
-    if told is not None:
-        teller, text = told
-        _tell(f"the run is ended; in the words of rank {teller}:")
-        print(text.rstrip(), file=sys.stderr, flush=True)
-
-
-def _what_happened(failure: ProcessFailure) -> str:
+    own_report = first_failure(folder)
     if failure.exitcode < 0:
-        return f"was killed by {signal.Signals(-failure.exitcode).name}"
-    return f"failed with status {failure.exitcode}"
+        _report(f"rank {rank} was killed by {signal.Signals(-failure.exitcode).name}; the run is ended")
+    elif own_report is None:
+        _report(f"rank {rank} failed with status {failure.exitcode}; the run is ended")
+    if own_report is not None:
+        _report(f"the run is ended; in the words of rank {own_report[0]}:")
+        print(own_report[1].rstrip(), file=sys.stderr, flush=True)
 
 
-def _tell(text: str) -> None:
+def _report(text: str) -> None:
     print(f"launcher: {text}", file=sys.stderr, flush=True)
 
 
@@ -143,36 +128,29 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _interrupts(folder: Path) -> Iterator[None]:
-    """Hand the first Ctrl-C on to the workers, end at once on the second, and put the caller's handlers back.
+def _interruptible(folder: Path) -> Iterator[None]:
+    """Forward the first Ctrl-C to the workers, end at once on the second, and restore the caller's handlers.
 
-    The agent alone would take the second one for the first, and wait for the workers again.
+    The agent alone would treat the second one like the first, and wait for the workers again.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
 
-    noted: list[int] = []
+    received: list[int] = []
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        if noted:
-            _tell("interrupted again: ended at once, what was not saved yet is lost")
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if received:
+            _report("interrupted again: ended at once, what was not saved yet is lost")
             shutil.rmtree(folder, ignore_errors=True)
             os._exit(ExitStatus.FAILED)  # the workers die with this process
-        noted.append(number)
-        raise SignalException("interrupted", sigval=signal.SIGINT)
+        received.append(signum)
+        raise SignalException("interrupted", sigval=signal.Signals(signum))
 
-    names = [*FORWARDED.split(","), "SIGINT"]
-    handlers = {number: signal.getsignal(number) for number in (signal.Signals[name] for name in names)}
-    signal.signal(signal.SIGINT, handle)
-    try:
+    with signal_handler(handle, signal.SIGINT, *FORWARDED):  # the agent replaces those of FORWARDED by its own
         yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def _quieten_agent() -> None:
-    """Keep the agent's log lines off the screen; some of its loggers have a level of their own."""
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    """Keep the agent's log lines off the screen; some of its loggers have their own level."""
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic.")]
+    for name in ["torch.distributed.elastic", *names]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""A sweep: the jobs of ``-m`` one after another, each in a process of its own, and a table of how they ended."""
+"""A sweep: the jobs of ``-m`` one after another, each in its own process, and a table of how they ended."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,11 +17,13 @@ from rich.table import Table
 from automodel.config import load_config
 from automodel.launch.run_id import default_run_id
 from automodel.logs import console, get_logger
+from automodel.processes import signal_handler
 from automodel.types import ExitStatus
 
 log = get_logger(__name__)
 
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_OUTCOMES = {ExitStatus.DONE: "done", ExitStatus.BAD_INPUT: "wrong input", ExitStatus.STOPPED: "stopped, saved"}
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class _Job:
 
     Attributes:
         overrides: its command line.
-        swept: those of the overrides that other jobs do not share.
-        run_id: of its run, which writes to ``folder``.
+        swept: the overrides that not all jobs share, for the screen.
+        run_id: the id of its run, which writes to ``folder``.
     """
 
     overrides: list[str]
@@ -44,22 +45,31 @@ class _Job:
 def run_sweep(command_lines: Sequence[list[str]]) -> int:
     """Run every job, show how each ended, and return the sweep's status.
 
-    A job that fails does not keep the others from running; a signal ends the sweep with the job in hand. The status
-    is 75 after a signal, else 1 where a job did not end with 0.
+    A job that fails does not keep the others from running; a signal ends the sweep with the current job, which saves.
+    The status is 75 after a signal, else 1 if a job did not end with 0.
     """
     jobs = _jobs(command_lines)
     log.info("a sweep of %d jobs:\n%s", len(jobs), "\n".join(f"  {job.swept}" for job in jobs))
     statuses: list[int] = []
-    with _signals_for_the_job() as stop:
-        for number, job in enumerate(jobs, start=1):
-            if stop.signal is not None:
+    received: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        # A terminal sends Ctrl-C to the job as well; other signals reach this process alone.
+        if signum != signal.SIGINT and child is not None and child.poll() is None:
+            child.send_signal(signum)
+
+    with signal_handler(pass_on, *_STOPS):
+        for index, job in enumerate(jobs):
+            if received:
                 break
-            log.info("job %d of %d: %s", number, len(jobs), job.swept)
+            log.info("job %d of %d: %s", index + 1, len(jobs), job.swept)
             command = [sys.executable, "-m", "automodel.run", *job.overrides]
-            stop.child = subprocess.Popen(command, env=os.environ | {"AUTOMODEL_RUN_ID": job.run_id})
-            statuses.append(stop.child.wait())
+            child = subprocess.Popen(command, env=os.environ | {"AUTOMODEL_RUN_ID": job.run_id})
+            statuses.append(child.wait())
     console.print(_table(jobs, statuses))
-    if stop.signal is not None:
+    if received:
         return ExitStatus.STOPPED
     return ExitStatus.FAILED if any(statuses) else ExitStatus.DONE
 
@@ -77,45 +87,17 @@ def _jobs(command_lines: Sequence[list[str]]) -> list[_Job]:
     return jobs
 
 
-class _Stop:
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self.child: subprocess.Popen[bytes] | None = None
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        # A terminal sends Ctrl-C to the job as well, which saves and ends; other signals reach this process alone.
-        if number != signal.SIGINT and self.child is not None and self.child.poll() is None:
-            self.child.send_signal(number)
-
-
-@contextmanager
-def _signals_for_the_job() -> Iterator[_Stop]:
-    """Leave it to the job in hand to save and end on a signal, instead of killing it."""
-    stop = _Stop()
-    before = {number: signal.signal(number, stop.handle) for number in _STOPS}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _table(jobs: Sequence[_Job], statuses: Sequence[int]) -> Table:
     table = Table("job", "ended", "loss", "validation", "folder")
     for column in table.columns:
         column.overflow = "fold"
-    for index, job in enumerate(jobs):
-        ended = _in_words(statuses[index]) if index < len(statuses) else "not run"
-        losses = _last_losses(job.folder / "metrics.jsonl") if index < len(statuses) else {}
+    for job, status in zip(jobs, statuses, strict=False):
+        losses = _last_losses(job.folder / "metrics.jsonl")
         figures = [f"{losses[kind]:.4f}" if kind in losses else "" for kind in ("train", "validation")]
-        table.add_row(job.swept, ended, *figures, str(job.folder))
+        table.add_row(job.swept, _OUTCOMES.get(status, f"failed ({status})"), *figures, str(job.folder))
+    for job in jobs[len(statuses) :]:
+        table.add_row(job.swept, "not run", "", "", str(job.folder))
     return table
-
-
-def _in_words(status: int) -> str:
-    words = {ExitStatus.DONE: "done", ExitStatus.BAD_INPUT: "wrong input", ExitStatus.STOPPED: "stopped, saved"}
-    return words.get(status, f"failed ({status})")
 
 
 def _last_losses(metrics: Path) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a worker process owes its launcher: to end with it, and to say how it ended."""
+"""What a worker process owes its launcher: to end with it, and to report how it ended."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
+from automodel.environment import has_slurm_ranks
 from automodel.screen import clear_screen_lines
 from automodel.secrets import masked_text
 
@@ -19,12 +20,12 @@ LAUNCHER_PID = "AUTOMODEL_LAUNCHER_PID"
 DELIBERATE = (0, 2, 75)
 """Statuses of a run that ended as it meant to, and must not be restarted."""
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def is_worker(env: Mapping[str, str]) -> bool:
     """Return whether a launcher (torchrun, a SLURM step, ours) started this process as one rank of a job."""
-    return "RANK" in env or ("SLURM_PROCID" in env and "SLURM_STEP_ID" in env)
+    return "RANK" in env or has_slurm_ranks(env)
 
 
 def die_with_launcher() -> None:
@@ -36,10 +37,10 @@ def die_with_launcher() -> None:
         os._exit(1)
 
 
-def tell_failure(text: str) -> None:
+def report_failure(text: str) -> None:
     """Show what went wrong on this rank: under our launcher at the end of the whole run, else at once.
 
-    What is told first counts; the rest only follows from it.
+    Only the first report of a rank counts; later failures follow from it.
     """
     clear_screen_lines()
     text, folder = masked_text(text), os.environ.get(STATUS_DIR)
@@ -52,25 +53,23 @@ def tell_failure(text: str) -> None:
 
 
 def first_failure(folder: Path) -> tuple[int, str] | None:
-    """Return (rank, text) of the failure told first under ``folder``, or None."""
-    told = sorted(folder.glob("failure-*"), key=lambda path: path.stat().st_mtime_ns)
-    return (int(told[0].name.rpartition("-")[2]), told[0].read_text()) if told else None
+    """Return (rank, text) of the first failure reported under ``folder``, or None."""
+    reports = sorted(folder.glob("failure-*"), key=lambda path: path.stat().st_mtime_ns)
+    return (int(reports[0].name.rpartition("-")[2]), reports[0].read_text()) if reports else None
 
 
-def leave(status: int) -> NoReturn:
+def exit_process(status: int) -> NoReturn:
     """End this process with ``status`` at once.
 
-    Interpreter shutdown is left out: a gloo thread that drops its last tensor during it aborts the process in
-    some of its runs. Under our launcher a deliberate end is written down and the agent sees 0, so that it
-    restarts nothing.
+    Interpreter shutdown is skipped: a gloo thread that drops its last tensor during it sometimes aborts the process.
+    Under our launcher a deliberate end is written down and the agent sees 0, so it restarts nothing.
     """
-    status = int(status)
     clear_screen_lines()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     folder = os.environ.get(STATUS_DIR)
     if folder and status in DELIBERATE:
-        (Path(folder) / f"rank-{os.environ.get('RANK', '0')}").write_text(str(status))
+        (Path(folder) / f"rank-{os.environ.get('RANK', '0')}").write_text(str(int(status)))
         status = 0
     os._exit(status)

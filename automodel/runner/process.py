@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from automodel.config import Config
 from automodel.launch.continuation import continuation, has_checkpoint, note_continuation
 from automodel.launch.run_id import default_run_id
-from automodel.launch.worker import LAUNCHER_PID, tell_failure
+from automodel.launch.worker import LAUNCHER_PID, report_failure
 from automodel.logs import get_logger, setup_logging
 from automodel.screen import clear_screen_lines, show_phase
 from automodel.secrets import masked_text
@@ -54,7 +54,7 @@ def run_rank(cfg: Config, argv: list[str], *, is_dry: bool = False) -> ExitStatu
         report_problems(error, is_shared=False)
         return ExitStatus.BAD_INPUT
     except RunError as error:
-        tell_failure(f"error: {error}")
+        report_failure(f"error: {error}")
         return ExitStatus.FAILED
     status = _run_with_peers(cfg, argv, info, is_dry=is_dry)
     if status in (ExitStatus.DONE, ExitStatus.STOPPED):
@@ -73,7 +73,7 @@ def _run_with_peers(cfg: Config, argv: list[str], info: DistInfo, *, is_dry: boo
             ended = {"status": "failed", "error": f"rank {failure.rank}: {failure.error}"}
             _close_run_dir(run_dir, ExitStatus.FAILED, ended)
 
-    watchdog = start_watchdog(info, cfg.dist_env.init_timeout_minutes, tell=tell_failure, before_exit=note_failure)
+    watchdog = start_watchdog(info, cfg.dist_env.init_timeout_minutes, report=report_failure, before_exit=note_failure)
     try:
         if is_dry:
             _carry_out(cfg, info, None)
@@ -93,7 +93,7 @@ def _run_with_peers(cfg: Config, argv: list[str], info: DistInfo, *, is_dry: boo
         if ended_early and LAUNCHER_PID not in os.environ and has_checkpoint(run_dir.checkpoints_dir):
             print(continuation(argv, run_dir.path), file=sys.stderr, flush=True)
     if watchdog is not None:
-        watchdog.leave()
+        watchdog.finish()
     return status
 
 
@@ -166,7 +166,7 @@ def _how_it_failed(error: BaseException, watchdog: Watchdog | None) -> tuple[Exi
     if watchdog is not None:
         watchdog.fail(what)
     _record_for_agent(error)
-    tell_failure(_in_words(error))
+    report_failure(_in_words(error))
     return ExitStatus.FAILED, {"status": "failed", "error": what}
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from automodel.distributed.runtime.awake import moments
+from automodel.distributed.runtime.awake import poll_for
 from automodel.logs import get_logger
 from automodel.processes import is_alive, process_space
 from automodel.types import ExitStatus, UserError
@@ -23,13 +23,11 @@ from automodel.types import ExitStatus, UserError
 log = get_logger(__name__)
 
 WAIT_SEC = 180.0
-"""How long a lock is waited for whose holder may be dead: longer than NFS (90 s) and Lustre (150 s) keep those of a
-node that went down."""
-UNSIGNED_SEC = 10.0
-"""How long one is waited for that has not said who it is: it may be about to."""
+"""How long to wait for a lock whose holder may be dead: NFS keeps those of a node that went down for 90 s, Lustre for
+150 s."""
 BEAT_SEC = 5.0
 STALE_SEC = 30.0
-"""Without a beat for so long, the owner of a lock file is taken for dead."""
+"""Without a heartbeat for so long, the owner of a lock file counts as dead: several missed ones, as one may be late."""
 
 _HELD_BY_ANOTHER = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _RESTART_COUNTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
@@ -37,7 +35,7 @@ _RESTART_COUNTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a run directory, as it says itself."""
+    """The process that holds a run directory, as it describes itself."""
 
     pid: int
     host: str
@@ -47,13 +45,13 @@ class Holder:
 
     @classmethod
     def this_process(cls) -> Holder:
-        """Return what this process says."""
+        """Describe this process."""
         token = secrets.token_hex(8)
         return cls(os.getpid(), platform.node(), process_space(), os.environ.get("SLURM_JOB_ID"), token)
 
     @classmethod
     def read(cls, path: Path) -> Holder | None:
-        """Return who signed in ``path``; None where nobody did."""
+        """Return who signed in ``path``; None if nobody has, or not yet."""
         try:
             return cls(**json.loads(path.read_text().partition("\n")[0]))
         except (OSError, ValueError, TypeError):
@@ -61,28 +59,25 @@ class Holder:
 
     @property
     def is_dead(self) -> bool:
-        """Whether it can be seen from here that the process has ended."""
+        """Whether the process was on this node and has ended."""
         return self.space == process_space() and not is_alive(self.pid)
+
+    @property
+    def may_be_dead(self) -> bool:
+        """Whether to wait for it: always, unless it is seen to live on this node and is not of this very job.
+
+        A scheduler that starts a job again may do so before the job's first start, or its node, is quite gone.
+        """
+        is_restart = any(os.environ.get(name, "0") not in ("", "0") for name in _RESTART_COUNTS)
+        is_of_our_job = self.job_id is not None and self.job_id == os.environ.get("SLURM_JOB_ID")
+        return is_restart or is_of_our_job or self.space != process_space() or self.is_dead
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}" + (f" of job {self.job_id}" if self.job_id else "")
 
 
-def patience_sec(holder: Holder | None, wait_sec: float) -> float:
-    """Return how long ``holder`` is worth waiting for: not at all where it is seen to live on this node.
-
-    A scheduler that starts a job again may do so before the first start of it, or its node, is quite gone.
-    """
-    if any(os.environ.get(name, "0") not in ("", "0") for name in _RESTART_COUNTS):
-        return wait_sec
-    if holder is None:
-        return min(UNSIGNED_SEC, wait_sec)
-    was_us = holder.job_id is not None and holder.job_id == os.environ.get("SLURM_JOB_ID")
-    return wait_sec if was_us or holder.space != process_space() or holder.is_dead else 0.0
-
-
 class RunLock:
-    """Held from its making to ``release`` or the end of this process.
+    """Held from its creation to ``release`` or the end of this process.
 
     Args:
         path: the file in the run directory that is locked.
@@ -115,39 +110,39 @@ class RunLock:
         self._file.close()
         self._file = None
         self._released.set()
-        if self._is_mine():
+        owner = Holder.read(self._owner_file)
+        if owner is not None and owner.token == self._me.token:
             self._owner_file.unlink()
 
     def _hold(self, path: Path, wait_sec: float) -> None:
         try:
             self._wait_for(path, lambda passed_sec: self._lock(path), wait_sec)
-            if not self._owner_file.exists():  # there is one where another node could not lock
+            if not self._owner_file.exists():  # there is one if another node could not lock
                 return
         except OSError as error:
             log.warning(
-                "output_dir=%s: its file system has no locks (%s); %s says instead that a run writes here",
+                "output_dir=%s: its file system has no locks (%s); %s shows other runs that it is in use",
                 path.parent, error.strerror, self._owner_file.name,
             )  # fmt: skip
         self._wait_for(self._owner_file, self._own, wait_sec)
         threading.Thread(target=self._beat, name="run lock", daemon=True).start()
 
     def _wait_for(self, path: Path, attempt: Callable[[float], bool], wait_sec: float) -> None:
-        """Call ``attempt`` with the seconds passed until it succeeds, or the holder is not worth waiting for."""
-        holder, longest_sec, told_sec = None, 0.0, 0.0
-        for passed_sec in moments(wait_sec):
+        """Call ``attempt`` with the seconds passed until it succeeds, while the holder may be dead."""
+        holder, is_announced = None, False
+        for passed_sec in poll_for(wait_sec):
             if attempt(passed_sec):
                 return
             holder = Holder.read(path) or holder
-            longest_sec = patience_sec(holder, wait_sec)
-            if passed_sec >= longest_sec:
+            if holder is not None and not holder.may_be_dead:
                 break
-            if longest_sec != told_sec:
-                told_sec = longest_sec
+            if not is_announced and (holder is not None or passed_sec > 1):  # else it is about to sign
+                is_announced = True
                 log.warning(
                     "output_dir=%s is held by another run (%s), which may have ended with its node; waiting up to "
-                    "%.0f s for it", path.parent, holder or "unknown", longest_sec,
+                    "%.0f s for it", path.parent, holder or "unknown", wait_sec,
                 )  # fmt: skip
-        waited = f", and was so for {told_sec:.0f} s" if told_sec else ""
+        waited = f", still after {passed_sec:.0f} s" if is_announced else ""
         raise UserError(
             f"output_dir={path.parent} is in use by another run ({holder or 'unknown'}){waited}; "
             "wait for it or choose another output_dir"
@@ -163,13 +158,13 @@ class RunLock:
             raise
         if path.exists() and os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
             return True
-        self._file.close()  # the holder before has removed it with its folder
+        self._file.close()  # the previous holder has removed it with its folder
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+")
         return False
 
     def _own(self, passed_sec: float) -> bool:
-        """Make the owner's file unless another process has, and take a dead one's away."""
+        """Create the owner's file unless another process has, and remove a dead one's."""
         try:
             with self._owner_file.open("x") as file:
                 file.write(self._signature(0))
@@ -182,34 +177,32 @@ class RunLock:
                 self._seen = (text, passed_sec)
             holder = Holder.read(self._owner_file)
             if passed_sec - self._seen[1] > STALE_SEC or (holder is not None and holder.is_dead):
-                self._take_away(text)
+                self._remove_owner(text)
         return False
 
-    def _take_away(self, text: str) -> None:
-        """Remove the owner's file if it still says ``text``: by a rename, in which of two takers one succeeds."""
+    def _remove_owner(self, text: str) -> None:
+        """Remove the owner's file if it still reads ``text``: by a rename, which succeeds for one of two processes."""
         old = self._owner_file.with_name(f"{self._owner_file.name}.{self._me.token}")
         self._owner_file.rename(old)
-        if old.read_text() != text:  # another taker was quicker, and this is its own
+        if old.read_text() != text:  # another process was quicker, and this is its own
             with suppress(FileExistsError):
                 os.link(old, self._owner_file)
         old.unlink()
 
     def _beat(self) -> None:
-        """Show every few seconds that this process lives; end it where the folder was taken for a dead one's."""
+        """Show every few seconds that this process lives; end it if another run took the folder over."""
         beats = 0
         while not self._released.wait(BEAT_SEC):
             holder = Holder.read(self._owner_file)
             if holder is not None and holder.token != self._me.token:
-                words = "output_dir=%s was taken over by another run (%s): this one gave no sign of life for %.0f s"
-                log.error(words, self._owner_file.parent, holder, STALE_SEC)
+                log.error(
+                    "output_dir=%s was taken over by another run (%s): this one gave no sign of life for %.0f s",
+                    self._owner_file.parent, holder, STALE_SEC,
+                )  # fmt: skip
                 os._exit(ExitStatus.FAILED)
             beats += 1
             with suppress(OSError), self._owner_file.open("r+") as file:
                 file.write(self._signature(beats))
-
-    def _is_mine(self) -> bool:
-        holder = Holder.read(self._owner_file)
-        return holder is not None and holder.token == self._me.token
 
     def _signature(self, beats: int) -> str:
         return json.dumps(asdict(self._me)) + f"\n{beats:012d}\n"

@@ -1,4 +1,4 @@
-"""When a checkpoint is due by the clock, so that a killed run loses minutes whatever the length of its steps."""
+"""When a checkpoint is due by the clock, so a killed run loses only minutes, however long its steps are."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable
 
 _LEAST_SEC, _MOST_SEC = 60.0, 1800.0
+"""A minute of work costs little to repeat; half an hour is the most to lose."""
 _SHARE_OF_SAVES = 0.1
-"""Of the time: saves that take a second come every minute, those that take a minute every ten."""
+"""The most of a run's time that saves may take: one of a minute comes every ten minutes."""
 
 
 class SaveClock:
-    """Measures the time since the last save; one rank asks it, and tells the others."""
+    """Measures the time since the last save; one rank reads it for all."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

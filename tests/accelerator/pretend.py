@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from automodel.distributed.runtime.watchdog import _is_waiting
+from automodel.distributed.runtime.stall_report import is_wait
 
 NAME = "pretend"
 ROOT = Path(__file__).parents[2]
@@ -78,7 +78,7 @@ class Watch(TorchDispatchMode):
         frames = list(_frames(sys._getframe(1)))
         ours = [frame for frame in frames if Path(frame.f_code.co_filename).is_relative_to(ROOT / "automodel")]
         callers = [f"{_relative(frame)}:{frame.f_code.co_name}" for frame in ours]
-        self.waits.append(Wait(what, callers, self.num_steps, bool(frames) and _is_waiting(frames[0])))
+        self.waits.append(Wait(what, callers, self.num_steps, bool(frames) and is_wait(frames[0])))
 
     def __torch_dispatch__(
         self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

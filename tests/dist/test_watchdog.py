@@ -14,14 +14,15 @@ import pytest
 import torch.distributed as dist
 
 from automodel.distributed.runtime import watchdog
-from automodel.distributed.runtime.watchdog import Report, late_ranks, set_stall_limit, stall_message
+from automodel.distributed.runtime.stall_report import Report, late_ranks, stall_message
+from automodel.distributed.runtime.watchdog import set_stall_limit
 from automodel.processes import is_alive, process_space
 from tests.dist.pool import RankPool
 
 
-def report(rank: int, *, is_waiting: bool, place: str = "training, step 7") -> Report:
+def report(rank: int, *, is_waiting: bool, phase: str = "training, step 7") -> Report:
     stack = "  all_reduce\n" if is_waiting else "  time.sleep\n"
-    return Report(rank, f"node-{rank // 2}", 100 + rank, place, is_waiting, 540 if is_waiting else 541, stack)
+    return Report(rank, f"node-{rank // 2}", 100 + rank, phase, is_waiting, 540 if is_waiting else 541, stack)
 
 
 def test_a_stall_names_phase_step_and_who_did_not_arrive_each_stack_once():
@@ -38,7 +39,7 @@ def test_a_stall_names_phase_step_and_who_did_not_arrive_each_stack_once():
 
 
 def test_ranks_that_wait_for_one_another_in_different_places_are_shown():
-    reports = [report(0, is_waiting=True, place="evaluating, step 7"), report(1, is_waiting=True)]
+    reports = [report(0, is_waiting=True, phase="evaluating, step 7"), report(1, is_waiting=True)]
     message = stall_message(reports, mute=[])
     assert "every rank has waited for the others" in message
     assert "evaluating, step 7" in message and "training, step 7" in message
@@ -65,14 +66,14 @@ def test_a_process_that_ended_is_dead_also_before_it_is_collected():
 def first_failure_wins() -> tuple[str, int, bool]:
     store = dist.distributed_c10d._get_default_store()
     rank = dist.get_rank()
-    dog = watchdog.Watchdog(store, rank=rank, world_size=2, tell=print, before_exit=lambda failure: None)
+    dog = watchdog.Watchdog(store, rank=rank, world_size=2, report=print, before_exit=lambda failure: None)
     assert dog.failure() is None
     dist.barrier()
     if rank == 1:
         dog.fail("ValueError: first")
     dist.barrier()
     told = dog.fail("RuntimeError: an echo")
-    dog.leave()
+    dog.finish()
     return told.error, told.rank, dog.failure() == told
 
 
@@ -89,7 +90,7 @@ def test_a_job_that_was_suspended_takes_nobody_for_dead_or_stalled_when_it_wakes
     monkeypatch.setattr(watchdog, "_limit_sec", 100.0)
     store = dist.FileStore(tempfile.mkstemp()[1])
     store.set("watchdog/pid/1", "another-node 1")
-    dog = watchdog.Watchdog(store, rank=0, world_size=2, tell=print, before_exit=print)
+    dog = watchdog.Watchdog(store, rank=0, world_size=2, report=print, before_exit=print)
     monkeypatch.setattr(dog, "_end", lambda failure: None)
     looked = threading.Event()
     looks = dog._look
@@ -106,25 +107,26 @@ def test_a_job_that_was_suspended_takes_nobody_for_dead_or_stalled_when_it_wakes
         for _ in range(8):
             pass_by(4)
         pass_by(3600)  # stopped for an hour, with the other rank silent for 32 s before
-        assert dog.failure() is None and not dog._is_stalled()
+        assert dog.failure() is None and not dog._is_stalled(dog._main_frame())
         for _ in range(3):
             pass_by(4)
         assert dog.failure().rank == 1 and "no sign of life" in dog.failure().error
     finally:
-        dog.leave()
+        dog.finish()
 
 
 def test_a_silent_process_of_this_node_is_only_stopped():
     store = dist.FileStore(tempfile.mkstemp()[1])
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     store.set("watchdog/pid/1", f"{process_space()} {child.pid}")
-    dog = watchdog.Watchdog(store, rank=0, world_size=2, tell=print, before_exit=print)
+    dog = watchdog.Watchdog(store, rank=0, world_size=2, report=print, before_exit=print)
     dog._stop.set()
     child.send_signal(signal.SIGSTOP)
     for dog._now in range(0, 1000, 10):
-        dog._watch_neighbours()
+        dog._watch_processes()
+        dog._watch_neighbour()
     assert dog.failure() is None
     child.kill()
     child.wait()
-    dog._watch_neighbours()
+    dog._watch_processes()
     assert dog.failure().rank == 1 and "ended without a word" in dog.failure().error

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from automodel.launch.worker import die_with_launcher, leave
+from automodel.launch.worker import die_with_launcher, exit_process
 
 
 def main(how: str, folder: Path) -> None:
@@ -20,7 +20,7 @@ def main(how: str, folder: Path) -> None:
     (folder / f"rank-{rank}-start-{attempt}").write_text(" ".join(facts))
     is_last, is_first_start = rank == "1", attempt == "0"
     if how.isdigit() and (is_last or how == "0"):
-        leave(int(how))
+        exit_process(int(how))
     elif how == "raise" and is_last:
         raise ValueError("went wrong on purpose")
     elif how == "raise-once" and is_last and is_first_start:
@@ -29,7 +29,7 @@ def main(how: str, folder: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif how in ("raise", "killed", "wait", "stubborn") or (how == "raise-once" and is_first_start):
         wait_for_a_signal(folder, is_stubborn=how == "stubborn")
-    leave(0)
+    exit_process(0)
 
 
 def wait_for_a_signal(folder: Path, *, is_stubborn: bool) -> None:
@@ -44,7 +44,7 @@ def wait_for_a_signal(folder: Path, *, is_stubborn: bool) -> None:
         if noted:
             (folder / f"rank-{os.environ['RANK']}-signalled").touch()
     time.sleep(0.3)
-    leave(75)
+    exit_process(75)
 
 
 if __name__ == "__main__":

@@ -76,10 +76,6 @@ def test_an_environment_that_can_be_right_is_taken(env):
     assert environment_problems(env) == []
 
 
-def test_the_address_does_not_matter_where_a_store_brings_the_ranks_together():
-    assert environment_problems({"RANK": "0", "WORLD_SIZE": "2"}, needs_address=False) == []
-
-
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [

@@ -226,13 +226,15 @@ def test_ranks_that_would_share_a_device_are_refused_alike(monkeypatch):
 
 
 EXITING = """
-import atexit, os
+import atexit, os, sys, types
 import torch, torch.distributed as dist
 from automodel.distributed import destroy_global_state, initialize_distributed
-from automodel.distributed.runtime.dist_info import before_destroy
 first, second = initialize_distributed("{backend}"), initialize_distributed("gloo", timeout_minutes=2)
 assert first == second and first.backend == "gloo", (first, second)
-before_destroy(lambda: print("cleaned up", flush=True))
+sys.modules["deep_ep"] = types.ModuleType("deep_ep")
+Buffer = type("Buffer", (), {{"explicitly_destroy": True, "destroy": lambda self: print("cleaned up", flush=True)}})
+Buffer.__module__ = "deep_ep.buffer"
+buffer = Buffer()
 if "{ends}" == "itself":
     destroy_global_state()
     print("ended", flush=True)

@@ -147,7 +147,7 @@ def test_a_lock_that_is_not_given_up_is_waited_for_so_long_and_not_longer(tmp_pa
     process = context.Process(target=hold_for_a_moment, args=(tmp_path / ".lock", is_held, holder))
     process.start()
     is_held.wait()
-    with pytest.raises(UserError, match=r"in use by another run \(process \d+ on node7.*, and was so for 0 s"):
+    with pytest.raises(UserError, match=r"in use by another run \(process \d+ on node7.*, still after 0 s"):
         RunDir.open(tmp_path, wait_sec=0.2)
     process.join()
 

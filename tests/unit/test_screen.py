@@ -64,7 +64,7 @@ def test_other_ranks_show_nothing(capsys, clock):
 def test_on_a_terminal_the_phase_counts_seconds_and_work_its_items(terminal):
     show_phase("loading the model")
     screen._screen.live.refresh()
-    assert "loading the model" in terminal.getvalue() and "0 s" in terminal.getvalue()
+    assert "loading the model" in terminal.getvalue() and "0:00:00" in terminal.getvalue()
     with progress(3, description="training") as training:
         with progress(7, description="validation") as bar:
             bar.update(5)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -25,7 +24,7 @@ DEFAULTS = {
     "npu": ("hccl",),
     "mlu": ("cncl",),
 }
-"""By device, the backend that ``auto`` means: the first one that this torch has, or that a package brings."""
+"""By device, the backend that ``auto`` means: the first one that this torch has, or that a package adds."""
 PACKAGES = {
     ("ccl", "xpu"): "oneccl_bindings_for_pytorch",
     ("ccl", "cpu"): "oneccl_bindings_for_pytorch",
@@ -33,7 +32,9 @@ PACKAGES = {
     ("hccl", "npu"): "torch_npu",
     ("cncl", "mlu"): "torch_mlu",
 }
-"""What registers a backend that torch does not have itself, by backend and device; imported when it is needed."""
+"""The packages that register a backend that torch itself lacks, by backend and device; imported when needed."""
+_OPTIONAL = ("gloo", "nccl", "xccl", "ucc", "mpi")
+"""Backends that torch lists whether or not it was built with them."""
 _NEEDS = {"nccl": ("cuda",), "xccl": ("xpu",), "ccl": ("xpu", "cpu"), "hccl": ("hpu", "npu"), "cncl": ("mlu",)}
 
 
@@ -41,7 +42,7 @@ def choose_device(backend: str) -> torch.device:
     """Return the device of this rank for ``backend``, as ``initialize_distributed`` takes it.
 
     Raises:
-        UserError: there is none left for it.
+        UserError: the node has fewer devices than ranks.
     """
     import torch
 
@@ -54,19 +55,18 @@ def choose_device(backend: str) -> torch.device:
     local_rank, num_devices = get_local_rank_preinit(), _num_devices()
     if local_rank >= num_devices and num_devices > 1 and not _has_devices_of_its_own():
         raise UserError(_too_few(local_rank, kind, num_devices))
-    # A rank that sees one device alone counts it as 0, whichever of the node's it is; or all see the same one, which
-    # refuse_shared_devices tells.
+    # A rank that sees a single device counts it as 0, whichever of the node's it is. If all ranks see the same one,
+    # refuse_shared_devices notices.
     return torch.device(kind, local_rank % max(1, num_devices))
 
 
 def backend_spec(backend: str, device: torch.device) -> str:
-    """Return the backend for init_process_group; refuses one that is unknown, absent or made for another device."""
+    """Return the backend for init_process_group; refuse one that is unknown, absent or for another kind of device."""
     if ":" in backend:
         pairs = dict(tuple(word.strip() for word in part.split(":", 1)) for part in backend.split(",") if ":" in part)
         kind = "cpu" if device.type == "mps" else device.type
         if kind not in pairs:
-            raise UserError(f"dist_env.backend={backend} names no backend for the {kind}, on which this rank computes")
-        # What is for a device that is not here is left out.
+            raise UserError(f"dist_env.backend={backend} names no backend for {kind}, on which this rank computes")
         chosen = {"cpu": pairs.get("cpu", "gloo"), kind: pairs[kind]}
         for for_kind, name in chosen.items():
             _require(name, for_kind)
@@ -77,23 +77,23 @@ def backend_spec(backend: str, device: torch.device) -> str:
 
 
 def refuse_shared_devices(store: dist.Store, device: torch.device, *, rank: int, world_size: int) -> None:
-    """Raise the same UserError on every rank where two of them would compute on one device; all must call it."""
+    """Raise the same UserError on every rank if two of them would compute on one device; all must call it."""
     import torch.distributed as dist
 
-    places = dist.PrefixStore("device", store)
-    places.set(str(rank), f"{get_local_rank_preinit()} {_num_devices()} {_identity(device)}")
+    devices = dist.PrefixStore("device", store)
+    devices.set(str(rank), f"{get_local_rank_preinit()} {_num_devices()} {_identity(device)}")
     keys = [str(other) for other in range(world_size)]
-    places.wait(keys)
+    devices.wait(keys)
     first: dict[str, int] = {}
-    for other, place in enumerate(places.multi_get(keys)):
-        local_rank, num_devices, identity = place.decode().split(" ", 2)
+    for other, value in enumerate(devices.multi_get(keys)):
+        local_rank, num_devices, identity = value.decode().split(" ", 2)
         if identity and first.setdefault(identity, other) != other:
-            told = _too_few(int(local_rank), device.type, int(num_devices))
-            raise UserError(f"{told}. Ranks {first[identity]} and {other} on {identity.split()[0]} would share one")
+            problem = _too_few(int(local_rank), device.type, int(num_devices))
+            raise UserError(f"{problem}. Ranks {first[identity]} and {other} on {identity.split()[0]} would share one")
 
 
 def _accelerator() -> str | None:
-    """Return the kind of accelerator that is usable here; Habana's is no accelerator in torch's own sense."""
+    """Return the kind of accelerator that is usable here; torch.accelerator does not know Habana's."""
     import torch
 
     if torch.accelerator.is_available():
@@ -111,13 +111,13 @@ def _num_devices() -> int:
 
 
 def _has_devices_of_its_own() -> bool:
-    """Return whether SLURM gave each task devices of its own (--gpus-per-task), which all count from 0."""
-    is_said = "SLURM_GPUS_PER_TASK" in os.environ or "gpu" in os.environ.get("SLURM_TRES_PER_TASK", "")
-    return is_said and "SLURM_STEP_ID" in os.environ
+    """Return whether SLURM gave each task its own devices (--gpus-per-task), which every task counts from 0."""
+    is_per_task = "SLURM_GPUS_PER_TASK" in os.environ or "gpu" in os.environ.get("SLURM_TRES_PER_TASK", "")
+    return is_per_task and "SLURM_STEP_ID" in os.environ
 
 
 def _identity(device: torch.device) -> str:
-    """Return what tells ``device`` from all others of the job, the host first; empty where that cannot be known."""
+    """Return a name that no other device of the job has, the host first; empty if there is no way to know."""
     import torch
 
     uuid = None
@@ -126,7 +126,7 @@ def _identity(device: torch.device) -> str:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if uuid is None and _has_devices_of_its_own():
         return ""
-    if uuid is None or "MIG" in visible:  # the parts of one device may share its number
+    if uuid is None or "MIG" in visible:  # the parts of one device may share its uuid
         uuid = f"{visible}/{device.index}"
     return f"{socket.gethostname()} {uuid}"
 
@@ -151,45 +151,31 @@ def _default(kind: str) -> str:
 
 
 def _require(name: str, kind: str) -> None:
+    """Raise UserError unless backend ``name`` can be used on a device of this kind."""
     needs = _NEEDS.get(name)
     if needs and kind not in needs:
         kinds = " or ".join("CUDA" if each == "cuda" else each for each in needs)
-        told = f"dist_env.backend={name} needs a {kinds} device and none is visible"
-        raise UserError(f"{told}; use dist_env.backend=auto")
+        raise UserError(
+            f"dist_env.backend={name} needs a {kinds} device and none is visible; use dist_env.backend=auto"
+        )
     usable = _usable(name, kind)
     if name in usable:
         return
-    package = PACKAGES.get((name, kind))
-    if package is not None:
+    if (name, kind) in PACKAGES:
+        package = PACKAGES[name, kind]
         raise UserError(f"dist_env.backend={name} comes with {package}, which cannot be imported here")
-    has = f"it has: {', '.join(sorted(usable))}"
-    if name in _checks():
-        raise UserError(f"dist_env.backend={name}: this torch was built without it; {has}")
     raise UserError(
-        f"dist_env.backend={name}: this torch knows no such backend; {has} "
-        "(one from another package is there once that package is imported)"
+        f"dist_env.backend={name}: this torch has no such backend, only: {', '.join(sorted(usable))} "
+        "(the backend of another package appears once that package is imported)"
     )
 
 
-def _checks() -> dict[str, Callable[[], bool]]:
-    import torch.distributed as dist
-
-    return {
-        "gloo": dist.is_gloo_available,
-        "nccl": dist.is_nccl_available,
-        "xccl": dist.is_xccl_available,
-        "ucc": dist.is_ucc_available,
-        "mpi": dist.is_mpi_available,
-    }
-
-
 def _usable(name: str, kind: str) -> set[str]:
-    """Return the backends that torch has now, after the package that brings ``name`` was imported, if it is there."""
+    """Return the backends that torch has, after importing the package that adds ``name``, if it is installed."""
     import torch.distributed as dist
 
     if (name, kind) in PACKAGES:
         with suppress(ImportError):
             import_module(PACKAGES[name, kind])
-    checks = _checks()
-    registered = set(dist.Backend.backend_list) - {*checks, "undefined", "fake"}
-    return {check for check in checks if checks[check]()} | registered
+    registered = set(dist.Backend.backend_list) - {*_OPTIONAL, "undefined", "fake"}
+    return registered | {optional for optional in _OPTIONAL if getattr(dist, f"is_{optional}_available")()}

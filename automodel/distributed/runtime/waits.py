@@ -1,4 +1,4 @@
-"""Places where the host waits, for a collective or for the device, in a folder where the watchdog looks for them."""
+"""Where the host waits for a collective or the device: in this folder, the watchdog recognises a frame as a wait."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch.distributed as dist
 
 
 def wait_for(work: dist.Work) -> None:
-    """Wait until a collective started earlier is done; here, so that a watchdog sees that it is a wait."""
+    """Wait until a collective started earlier is done."""
     work.wait()
 
 
 def wait_for_event(event: Any) -> None:
-    """Wait until the device has come to ``event``."""
+    """Wait until the device has reached ``event``."""
     event.synchronize()
 
 

@@ -1,7 +1,7 @@
-"""Notice that a rank of the job failed, died or stalls, say which and where, and end this process with it.
+"""Notice that a rank of the job failed, died or stalls, report which one and where, and end this process with it.
 
-A thread of every rank looks once a second, over a connection of its own to the job's store, so that it works
-whatever the main thread is stuck in. It costs one small request a second and nothing in the train loop.
+A thread of every rank looks once a second, over its own connection to the job's store, so it works even while the main
+thread is stuck. It costs a few small requests a second and nothing in the train loop.
 """
 
 from __future__ import annotations
@@ -9,59 +9,37 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import threading
-import traceback
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch.distributed as dist
 
-from automodel.distributed.runtime.awake import AwakeClock, moments
-from automodel.distributed.runtime.dist_info import DistInfo
-from automodel.distributed.runtime.flight_recorder import PREFIX, last_collective, write_record
+from automodel.distributed.runtime.awake import AwakeClock, poll_for
+from automodel.distributed.runtime.dist_info import DistInfo, get_store
+from automodel.distributed.runtime.flight_recorder import PREFIX, write_record
+from automodel.distributed.runtime.stall_report import Report, is_wait, late_ranks, stall_message
 from automodel.processes import is_alive, process_space
 from automodel.screen import show_phase
 from automodel.types import ExitStatus
 
 INTERVAL_SEC = 1.0
 GRACE_SEC = 4.0
-"""How long the main thread has, after a failure elsewhere, to end in its own words."""
+"""How long the main thread has, after a failure elsewhere, to end by itself: it takes 2 s to learn which rank failed
+first, and a moment to write that down."""
 ANSWER_SEC = 3.0
-"""How long the ranks have to say where they are."""
+"""How long the ranks have to report where they are: three looks."""
 HEARTBEAT_SEC = 5.0
+"""Rarer than looks, because the job's store answers the requests of all ranks one after another."""
 SILENCE_SEC = 40.0
-"""Without a heartbeat for so long, a rank on another node is taken for dead."""
+"""A rank on another node without a heartbeat for so long counts as dead: a network loses one or two, not eight."""
 
-_FAILURE, _STALL = "watchdog/failure", "watchdog/stall"
-_WAITING_FILES = (
-    "/torch/distributed/",
-    "/torch/nn/parallel/",
-    "/torch/autograd/graph.py",
-    "/torch/cuda/",
-    "/automodel/distributed/",
-)
-"""Where the innermost frame of a rank is that waits for the others: in a collective, in a backward full of them, or
-for the device."""
-
-
-@dataclass
-class _Place:
-    """What the main thread is at, as it says itself."""
-
-    phase: str = "starting"
-    step: int | None = None
-
-    def __str__(self) -> str:
-        return self.phase if self.step is None else f"{self.phase}, step {self.step}"
-
-
-_place = _Place()
+_phase = "starting"
 _limit_sec = 60.0
 
 
@@ -70,7 +48,8 @@ def set_phase(phase: str, *, step: int | None = None) -> None:
 
     A phase that belongs to no step is shown on the screen.
     """
-    _place.phase, _place.step = phase, step
+    global _phase
+    _phase = phase if step is None else f"{phase}, step {step}"
     if step is None:
         show_phase(phase)
 
@@ -78,43 +57,40 @@ def set_phase(phase: str, *, step: int | None = None) -> None:
 def set_stall_limit(collective_timeout_minutes: float) -> None:
     """Set how long collectives may take from now on.
 
-    A stall is told when nine tenths of that are over, and at least some seconds before the end, when the backend
-    would raise an error that names nobody.
+    A stall is reported after nine tenths of that, and at least 10 s (of short time-outs, half of them) before the end,
+    when the backend would raise an error that names nobody.
     """
     global _limit_sec
     timeout_sec = 60 * collective_timeout_minutes
     _limit_sec = max(0.5 * timeout_sec, min(0.9 * timeout_sec, timeout_sec - 10))
 
 
+@contextmanager
+def no_stall_within(timeout: timedelta) -> Iterator[None]:
+    """Allow a wait as long as ``timeout`` before it counts as a stall."""
+    global _limit_sec
+    before, _limit_sec = _limit_sec, max(_limit_sec, timeout.total_seconds())
+    try:
+        yield
+    finally:
+        _limit_sec = before
+
+
 @dataclass(frozen=True)
 class Failure:
-    """What ended the job: which rank, in what words, and which rank says so."""
+    """What ended the job: the rank that failed, its error, and the rank that reported it."""
 
     rank: int
     error: str
-    told_by: int
-
-
-@dataclass(frozen=True)
-class Report:
-    """Where one rank is while the job stalls."""
-
-    rank: int
-    host: str
-    pid: int
-    place: str
-    is_waiting: bool
-    stuck_sec: int
-    stack: str
-    last_collective: str = ""
+    reported_by: int
 
 
 class Watchdog:
     """The watching thread of this rank.
 
     Args:
-        store: the job's store; a connection of its own is made from it.
-        tell: shows the user what a stall looks like.
+        store: the job's store; the thread makes its own connection.
+        report: shows the user what a stall or a dead rank looks like.
         before_exit: called with the failure before this process is ended because of another one.
 
     Attributes:
@@ -129,181 +105,162 @@ class Watchdog:
         *,
         rank: int,
         world_size: int,
-        tell: Callable[[str], None],
+        report: Callable[[str], None],
         before_exit: Callable[[Failure], None],
     ) -> None:
-        self.rank, self.world_size = rank, world_size
-        self.tell, self.before_exit = tell, before_exit
-        self.store = store.clone()
-        self._main = threading.main_thread().ident
-        self._position: tuple[int, int] | None = None
+        self._rank, self._world_size = rank, world_size
+        self._report, self._before_exit = report, before_exit
+        self._store = dist.PrefixStore("watchdog", store.clone())
+        self._main_thread = threading.main_thread().ident
         self._clock = AwakeClock()  # for this thread alone, which reads it at every look
         self._now = 0.0
+        self._position: tuple[int, int] | None = None
         self._position_since = 0.0
-        self._beats = 0
         self._next_beat = 0.0
-        self._neighbour_beat: tuple[bytes, float] = (b"", 0.0)
-        self._local_peers: dict[int, int] = {}
-        self._unreachable_since: float | None = None
-        self._has_reported = False
+        self._neighbour_beat, self._neighbour_beat_at = b"", 0.0
+        self._local_pids: dict[int, int] = {}
+        self._store_lost_at: float | None = None
+        self._has_answered = False
         self._stop = threading.Event()
-        self.store.set(f"watchdog/pid/{rank}", f"{process_space()} {os.getpid()}")
-        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
-        self._thread.start()
+        self._store.set(f"pid/{rank}", f"{process_space()} {os.getpid()}")
+        threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
-    def leave(self) -> None:
-        """End watching, and tell the others that this rank ends on purpose."""
+    def finish(self) -> None:
+        """End watching, and let the others know that this rank ends on purpose."""
         self._stop.set()
-        self._tell(f"watchdog/left/{self.rank}", "1")
+        with suppress(RuntimeError):  # the store has gone with its host, and so has everyone who could read it
+            self._store.set(f"finished/{self._rank}", "1")
 
     def fail(self, error: str) -> Failure:
-        """End watching, tell the others that this rank failed, and return the failure that was told first."""
+        """End watching, report to the others that this rank failed, and return the failure that was reported first."""
         self._stop.set()
-        return self._claim(Failure(self.rank, error, self.rank))
+        return self._claim(Failure(self._rank, error, self._rank))
 
     def failure(self) -> Failure | None:
-        """Return the failure that was told first, or None."""
-        try:
-            if self.store.check([_FAILURE]):
-                return Failure(**json.loads(self.store.get(_FAILURE)))
-        except (RuntimeError, ValueError):  # the store has gone with its host
-            pass
+        """Return the failure that was reported first, or None."""
+        with suppress(RuntimeError, ValueError):  # the store has gone with its host
+            if self._store.check(["failure"]):
+                return Failure(**json.loads(self._store.get("failure")))
         return None
 
-    def _tell(self, key: str, text: str) -> None:
-        try:
-            self.store.set(key, text)
-        except RuntimeError:  # the store has gone with its host, and so has everybody who could read it
-            return
-
     def _claim(self, failure: Failure) -> Failure:
-        text = json.dumps(asdict(failure))
-        try:
-            return Failure(**json.loads(self.store.compare_set(_FAILURE, "", text)))
-        except (RuntimeError, ValueError):
-            return failure
+        """Make ``failure`` the job's unless there is one, and return the job's."""
+        with suppress(RuntimeError, ValueError):
+            return Failure(**json.loads(self._store.compare_set("failure", "", json.dumps(asdict(failure)))))
+        return failure
 
     def _run(self) -> None:
         while not self._stop.wait(INTERVAL_SEC):
             self._now = self._clock.read()
             try:
                 self._look()
-                self._unreachable_since = None
+                self._store_lost_at = None
             except RuntimeError:
-                self._unreachable_since = self._unreachable_since or self._now
-                if self._now - self._unreachable_since > SILENCE_SEC:
-                    words = "the job's store, on its node, does not answer any more"
-                    self._end(Failure(0, words, self.rank))
+                self._store_lost_at = self._store_lost_at or self._now
+                if self._now - self._store_lost_at > SILENCE_SEC:
+                    self._end(Failure(0, "the job's store, on its node, no longer answers", self._rank))
 
     def _look(self) -> None:
-        found = self.failure()
-        if found is not None:
-            self._end(found)
-        self._watch_neighbours()
-        self._watch_position()
-        if self.store.check([_STALL]) and not self._has_reported:
-            self._has_reported = True
-            self._answer()
-        if self._is_stalled() and self.store.compare_set(_STALL, "", str(self.rank)) == str(self.rank).encode():
-            self._tell_stall()
+        failure = self.failure()
+        if failure is not None:
+            self._end(failure)
+        self._watch_processes()
+        if self._now >= self._next_beat:
+            self._next_beat = self._now + HEARTBEAT_SEC
+            self._watch_neighbour()
+        self._watch_main_thread()
 
-    def _watch_neighbours(self) -> None:
-        """Look whether the processes of this node live, and whether the next rank's heart beats.
-
-        Of a process of this node its heart may rest: it lives, and is stopped, by a scheduler perhaps.
-        """
-        for rank, pid in self._peers_of_this_node().items():
-            if not is_alive(pid) and not self.store.check([f"watchdog/left/{rank}"]):
+    def _watch_processes(self) -> None:
+        """Check that the processes of this node live."""
+        keys = [f"pid/{rank}" for rank in range(self._world_size)]
+        if not self._local_pids and self._store.check(keys):
+            found = [value.decode().rsplit(" ", 1) for value in self._store.multi_get(keys)]
+            self._local_pids = {rank: int(pid) for rank, (space, pid) in enumerate(found) if space == process_space()}
+        for rank, pid in self._local_pids.items():
+            if not is_alive(pid) and not self._has_finished(rank):
                 self._accuse(rank, "its process ended without a word (killed, or out of memory?)")
-        if self._now < self._next_beat:
-            return
-        self._next_beat = self._now + HEARTBEAT_SEC
-        self._beats += 1
-        self.store.set(f"watchdog/beat/{self.rank}", str(self._beats))
-        neighbour = (self.rank + 1) % self.world_size
-        key = f"watchdog/beat/{neighbour}"
-        beat = self.store.get(key) if self.store.check([key]) else b""
-        is_excused = neighbour in self._local_peers or self.store.check([f"watchdog/left/{neighbour}"])
-        if beat != self._neighbour_beat[0] or is_excused:
-            self._neighbour_beat = (beat, self._now)
-        elif self._now - self._neighbour_beat[1] > SILENCE_SEC:
+
+    def _watch_neighbour(self) -> None:
+        """Give a heartbeat and check the next rank's.
+
+        A process of this node may be silent: it lives, and is stopped, perhaps by a scheduler.
+        """
+        self._store.set(f"beat/{self._rank}", str(self._now))
+        neighbour = (self._rank + 1) % self._world_size
+        key = f"beat/{neighbour}"
+        beat = self._store.get(key) if self._store.check([key]) else b""
+        if beat != self._neighbour_beat or neighbour in self._local_pids or self._has_finished(neighbour):
+            self._neighbour_beat, self._neighbour_beat_at = beat, self._now
+        elif self._now - self._neighbour_beat_at > SILENCE_SEC:
             self._accuse(neighbour, f"it has given no sign of life for {SILENCE_SEC:.0f} seconds")
 
+    def _has_finished(self, rank: int) -> bool:
+        return self._store.check([f"finished/{rank}"])
+
     def _accuse(self, rank: int, error: str) -> None:
-        failure = Failure(rank, error, self.rank)
+        failure = Failure(rank, error, self._rank)
         if self._claim(failure) == failure:
-            self.tell(f"rank {rank} failed in {_place}: {error}")
+            self._report(f"rank {rank} failed in {_phase}: {error}")
 
-    def _peers_of_this_node(self) -> dict[int, int]:
-        if not self._local_peers:
-            keys = [f"watchdog/pid/{rank}" for rank in range(self.world_size)]
-            if not self.store.check(keys):
-                return {}
-            here = process_space()
-            found = [value.decode().rsplit(" ", 1) for value in self.store.multi_get(keys)]
-            self._local_peers = {rank: int(pid) for rank, (host, pid) in enumerate(found) if host == here}
-        return self._local_peers
-
-    def _watch_position(self) -> None:
-        frame = sys._current_frames().get(self._main)
+    def _watch_main_thread(self) -> None:
+        """Report a stall if the main thread has waited at one place for too long, and answer another rank's report."""
+        frame = self._main_frame()
         position = (id(frame), frame.f_lasti) if frame is not None else None
         if position != self._position:
             self._position, self._position_since = position, self._now
+        if self._store.check(["stall"]) and not self._has_answered:
+            self._answer()
+        me = str(self._rank)
+        if self._is_stalled(frame) and self._store.compare_set("stall", "", me) == me.encode():
+            self._report_stall()
 
-    def _is_stalled(self) -> bool:
-        frame = sys._current_frames().get(self._main)
-        return _is_waiting(frame) and self._now - self._position_since > _limit_sec
+    def _main_frame(self) -> FrameType | None:
+        return sys._current_frames().get(self._main_thread)
+
+    def _is_stalled(self, frame: FrameType | None) -> bool:
+        return is_wait(frame) and self._now - self._position_since > _limit_sec
 
     def _answer(self) -> None:
-        frame = sys._current_frames().get(self._main)
-        report = Report(
-            self.rank,
-            socket.gethostname(),
-            os.getpid(),
-            str(_place),
-            _is_waiting(frame),
-            round(self._now - self._position_since),
-            "".join(traceback.format_stack(frame)[-8:]) if frame else "",
-            last_collective(),
-        )
+        """Report where this rank is."""
+        self._has_answered = True
+        stuck_sec = self._now - self._position_since
+        report = Report.of_this_rank(self._rank, phase=_phase, frame=self._main_frame(), stuck_sec=stuck_sec)
         if self.record_folder is not None:
             write_record(self.record_folder)
-        self.store.set(f"watchdog/report/{self.rank}", json.dumps(asdict(report)))
+        self._store.set(f"report/{self._rank}", json.dumps(asdict(report)))
         if not report.is_waiting:
-            words = f"rank {self.rank} keeps the others waiting; it is here:\n{report.stack}"
-            print(words, file=sys.stderr, flush=True)
+            message = f"rank {self._rank} keeps the others waiting; it is here:\n{report.stack}"
+            print(message, file=sys.stderr, flush=True)
 
-    def _tell_stall(self) -> None:
-        """Gather where everybody is, print it, and make it the job's failure."""
-        self._has_reported = True
+    def _report_stall(self) -> None:
+        """Gather where every rank is, show it, and make it the job's failure."""
         self._answer()
-        missing = set(range(self.world_size))
+        mute = {f"report/{rank}": rank for rank in range(self._world_size)}
         reports: list[Report] = []
-        for _ in moments(ANSWER_SEC):
-            for rank in sorted(missing):
-                if self.store.check([f"watchdog/report/{rank}"]):
-                    reports.append(Report(**json.loads(self.store.get(f"watchdog/report/{rank}"))))
-            missing -= {report.rank for report in reports}
-            if not missing:
+        for _ in poll_for(ANSWER_SEC):
+            for key in [key for key in mute if self._store.check([key])]:
+                reports.append(Report(**json.loads(self._store.get(key))))
+                del mute[key]
+            if not mute:
                 break
-        late = late_ranks(reports) or sorted(missing) or [self.rank]
-        failure = Failure(late[0], f"stalled in {_place}", self.rank)
+        late = late_ranks(reports) or [*mute.values(), self._rank]
+        failure = Failure(late[0], f"stalled in {_phase}", self._rank)
         if self._claim(failure) == failure:
-            message = stall_message(reports, mute=sorted(missing))
+            message = stall_message(reports, mute=[*mute.values()])
             if self.record_folder is not None and self.record_folder.is_dir():
-                message += (
-                    f"\nthe last collectives of each rank: torchfrtrace -j --prefix {PREFIX} {self.record_folder}"
-                )
-            self.tell(message)
-        for rank in missing & self._local_peers.keys():
-            os.kill(self._local_peers[rank], signal.SIGKILL)  # stopped as it is, it would outlast a launcher's TERM
+                command = f"torchfrtrace -j --prefix {PREFIX} {self.record_folder}"
+                message += f"\nthe last collectives of each rank: {command}"
+            self._report(message)
+        for rank in self._local_pids.keys() & mute.values():
+            os.kill(self._local_pids[rank], signal.SIGKILL)  # stopped as it is, it would outlast a launcher's TERM
 
     def _end(self, failure: Failure) -> None:
-        """Give the main thread a moment to end in its own words, then end the process."""
+        """Give the main thread a moment to end by itself, then end the process."""
         if self._stop.wait(GRACE_SEC):
             return
-        self.before_exit(failure)
-        print(f"rank {self.rank} ends because rank {failure.rank} failed: {failure.error}", file=sys.stderr, flush=True)
+        self._before_exit(failure)
+        message = f"rank {self._rank} ends because rank {failure.rank} failed: {failure.error}"
+        print(message, file=sys.stderr, flush=True)
         os._exit(ExitStatus.FAILED)
 
 
@@ -311,46 +268,11 @@ def start_watchdog(
     info: DistInfo,
     collective_timeout_minutes: float,
     *,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
     before_exit: Callable[[Failure], None],
 ) -> Watchdog | None:
-    """Start watching the job that this process has joined; None where it is alone."""
+    """Start watching the job that this process has joined; None for a single process."""
     set_stall_limit(collective_timeout_minutes)
     if info.world_size == 1:
         return None
-    store = dist.distributed_c10d._get_default_store()
-    return Watchdog(store, rank=info.rank, world_size=info.world_size, tell=tell, before_exit=before_exit)
-
-
-def late_ranks(reports: Sequence[Report]) -> list[int]:
-    """Return the ranks that do not wait in a collective: it is they whom the others wait for."""
-    return sorted(report.rank for report in reports if not report.is_waiting)
-
-
-def stall_message(reports: Sequence[Report], *, mute: Sequence[int]) -> str:
-    """Return who waits, who did not arrive and where that one is, each stack once."""
-    late = late_ranks(reports)
-    waiting = sorted(report.rank for report in reports if report.is_waiting)
-    longest = max((report.stuck_sec for report in reports if report.is_waiting), default=0)
-    lines = [f"stalled: {_ranks(waiting)} waited {longest} s; did not arrive: {_ranks(late + list(mute))}"]
-    if not late and not mute:
-        lines = [f"stalled: every rank has waited for the others for {longest} s; they do not agree on what comes next"]
-    lines += [f"{_ranks(mute)}: no answer at all; the process is stopped, or its node is gone"] if mute else []
-    groups: dict[tuple[str, str, str], list[Report]] = defaultdict(list)
-    for report in sorted(reports, key=lambda report: report.is_waiting):
-        groups[report.place, report.stack, report.last_collective].append(report)
-    for (place, stack, last), members in groups.items():
-        hosts = sorted({f"{member.host} pid {member.pid}" for member in members})
-        state = "waiting" if members[0].is_waiting else "late"
-        lines += [f"{_ranks([member.rank for member in members])} ({', '.join(hosts)}), {state} in {place}:"]
-        lines += [stack.rstrip()]
-        lines += [f"  last collective: {last}"] if last else []
-    return "\n".join(lines)
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + (", ".join(map(str, sorted(ranks))) or "none")
-
-
-def _is_waiting(frame: FrameType | Any) -> bool:
-    return frame is not None and any(part in frame.f_code.co_filename for part in _WAITING_FILES)
+    return Watchdog(get_store(), rank=info.rank, world_size=info.world_size, report=report, before_exit=before_exit)
