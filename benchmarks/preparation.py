@@ -59,11 +59,11 @@ def _ours(model_folder: str, path: Path, max_length: int, num_proc: int, folder:
     from transformers import AutoTokenizer
 
     from automodel.data.batches.train_set import build_train_set
-    from automodel.data.sources import JsonlDataset
+    from automodel.data.sources import FileDataset
     from tests.unit.rows import load_sft
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    source = JsonlDataset(path=str(path), max_length=max_length, num_proc=num_proc)
+    source = FileDataset(path=str(path), max_length=max_length, num_proc=num_proc)
     start = time.perf_counter()
     rows = load_sft(source, tokenizer, model_max_length=None, keeps_prompts=False)
     train_set = build_train_set({"rows": rows}, pack_length=max_length, mixture=None, seed=0)

@@ -145,7 +145,7 @@ def _check_backend(cfg: Config) -> Iterator[str]:
 def _check_datasets(cfg: Config) -> Iterator[str]:
     for name in ("dataset", "validation_dataset"):
         section = getattr(cfg, name) or {}
-        if str(section.get("_target_")).endswith(".JsonlDataset"):
+        if str(section.get("_target_")).endswith((".FileDataset", ".JsonlDataset")):
             paths = section.get("path")
             for path in paths if isinstance(paths, list) else [paths]:
                 yield from _check_file(f"{name}.path", path)

@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from automodel.data.files.readers import count_rows, local_files, read_files
 from automodel.data.files.split import parse_split
 from automodel.data.formats.choose import FormatName
-from automodel.data.prepare.preparers import OnBadRow, PrepareOptions, ReadRow
-from automodel.data.prepare.tokenize import Supervise, Truncation
-from automodel.data.rows import Position, Row
+from automodel.data.formats.samples import TextLabel
+from automodel.data.prepare.options import OnBadRow, PrepareOptions, Supervise, Truncation, smaller_limit
+from automodel.data.rows import Position, ReadRow, Row
 from automodel.types import UserError
 
 
+class Source(Protocol):
+    """What a section of the ``dataset`` group builds."""
+
+    @property
+    def display_name(self) -> str:
+        """What the rows are called in messages."""
+
+    def rows(self, *, samples: Collection[type] = ()) -> Iterable[ReadRow]:
+        """Yield every row with its place, and a damaged one with its error.
+
+        Args:
+            samples: the types of sample that are wanted, for a source that can give several.
+        """
+
+    def identity(self) -> Any:
+        """Return what tells these rows from others without reading them all, for JSON."""
+
+    def num_bytes(self) -> int | None:
+        """Return the size of the input, or None where it is not known."""
+
+    def options(self, model_max_length: int | None) -> PrepareOptions:
+        """Return what decides how a row is prepared, for a model that takes so many tokens."""
+
+
 class RowStream:
-    """Rows one by one, with the place where the next one begins, so that reading can go on there later."""
+    """Rows one by one, with the position of the next one, from which reading can resume later."""
 
     def __init__(self, rows: Iterator[ReadRow], position: Any) -> None:
         self._rows = rows
@@ -43,11 +67,11 @@ class DemoDataset:
     def display_name(self) -> str:
         return f"demo {self.split}"
 
-    def rows(self, *, candidates: Sequence[str] = ()) -> Iterable[ReadRow]:
+    def rows(self, *, samples: Collection[type] = ()) -> Iterable[ReadRow]:
         from automodel.data.demo import iter_demo_rows
 
         for number, row in enumerate(iter_demo_rows(self.split), start=1):
-            fields = {"text": row["prompt"], "label": row["kind"]} if "text_label" in candidates else row
+            fields = {"text": row["prompt"], "label": row["kind"]} if TextLabel in samples else row
             yield Row(f"{self.display_name}:{number}", fields)
 
     def identity(self) -> Any:
@@ -106,8 +130,8 @@ class _RowKeys:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JsonlDataset(_RowKeys):
-    """Rows of local files; what ``dataset=jsonl`` configures."""
+class FileDataset(_RowKeys):
+    """Rows of local files; what ``dataset=file`` configures, also under its older name ``dataset=jsonl``."""
 
     path: str | list[str]
 
@@ -116,7 +140,7 @@ class JsonlDataset(_RowKeys):
         paths = self._paths()
         return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
 
-    def rows(self, *, candidates: Sequence[str] = ()) -> Iterable[ReadRow]:
+    def rows(self, *, samples: Collection[type] = ()) -> Iterable[ReadRow]:
         start, stop = self._bounds()
         return (row for row, _ in islice(read_files(self._files()), start, stop))
 
@@ -127,11 +151,11 @@ class JsonlDataset(_RowKeys):
         stream = RowStream(iter(()), [done, list(begin)])
 
         def rows() -> Iterator[ReadRow]:
-            for number, (row, after) in enumerate(read_files(self._files(), begin), start=done):
-                if stop is not None and number >= stop:
+            for index, (row, after) in enumerate(read_files(self._files(), begin), start=done):
+                if stop is not None and index >= stop:
                     return
-                stream.position = [number + 1, list(after)]
-                if number >= start:
+                stream.position = [index + 1, list(after)]
+                if index >= start:
                     yield row
 
         stream._rows = rows()
@@ -166,6 +190,10 @@ class JsonlDataset(_RowKeys):
         return chosen.bounds(count_rows(self._files()) if chosen.needs_count else None)
 
 
+JsonlDataset = FileDataset
+"""The name in configurations of earlier runs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class HFDataset(_RowKeys):
     """Rows of a data set on the hub; what ``dataset=hf`` configures."""
@@ -178,7 +206,7 @@ class HFDataset(_RowKeys):
     def display_name(self) -> str:
         return f"{self.path}[{self.split}]"
 
-    def rows(self, *, candidates: Sequence[str] = ()) -> Iterable[ReadRow]:
+    def rows(self, *, samples: Collection[type] = ()) -> Iterable[ReadRow]:
         return self._named(self._load(streaming=False), first=1)
 
     def stream(self, position: Any = None) -> RowStream:
@@ -187,8 +215,7 @@ class HFDataset(_RowKeys):
         done, state = position or (0, None)
         if state is not None:
             rows.load_state_dict(state)
-        stream = _HubStream(self._named(rows, first=done + 1), rows, done)
-        return stream
+        return _HubStream(self._named(rows, first=done + 1), rows, done)
 
     def identity(self) -> Any:
         return ["hub", self.path, self.name, self.revision, self.split, self._load(streaming=False)._fingerprint]
@@ -210,7 +237,7 @@ class HFDataset(_RowKeys):
 
 
 class _HubStream(RowStream):
-    """Rows of a streamed hub data set, which knows its place itself."""
+    """Rows of a streamed hub data set, which keeps its own position."""
 
     def __init__(self, rows: Iterator[ReadRow], dataset: Any, done: int) -> None:
         self._rows, self._dataset, self._done = self._counted(rows), dataset, done
@@ -223,8 +250,3 @@ class _HubStream(RowStream):
     @property
     def position(self) -> Any:
         return [self._done, self._dataset.state_dict()]
-
-
-def smaller_limit(max_length: int, model_max_length: int | None) -> int:
-    """Return the smaller of the two; a model that names no limit has none."""
-    return max_length if model_max_length is None else min(max_length, model_max_length)

@@ -6,19 +6,19 @@ import dataclasses
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from automodel.data.prepare.preparers import PrepareOptions, ReadRow
-from automodel.data.rows import BadRow
+from automodel.data.prepare.options import PrepareOptions
+from automodel.data.rows import BadRow, ReadRow
 from automodel.types import UserError
 
 
 @dataclass(frozen=True)
-class _Draw:
+class _ValidationShare:
     """Which rows of a source are validated on: those with the smallest hashes of their content and a seed.
 
     Rows that are alike fall on the same side, and so do rows whose file was reordered.
@@ -28,9 +28,9 @@ class _Draw:
     share: float
     seed: int
 
-    def rows(self, *, candidates: Sequence[str] = ()) -> Iterator[ReadRow]:
+    def rows(self, *, samples: Collection[type] = ()) -> Iterator[ReadRow]:
         limit = self.source.options(None).limit
-        return islice(self.source.rows(candidates=candidates), limit)
+        return islice(self.source.rows(samples=samples), limit)
 
     def holds(self, fields: Any) -> bool:
         return not isinstance(fields, BadRow) and self._hash(fields) <= self._largest
@@ -56,30 +56,30 @@ class _Draw:
 class PartOfSource:
     """The rows of a source that are trained on, or those that are set aside; a source itself."""
 
-    draw: _Draw
+    division: _ValidationShare
     is_validation: bool
 
     streaming = False
 
     @property
     def display_name(self) -> str:
-        name = self.draw.source.display_name
+        name = self.division.source.display_name
         return f"{name} (validation share)" if self.is_validation else name
 
-    def rows(self, *, candidates: Sequence[str] = ()) -> Iterator[ReadRow]:
-        for row in self.draw.rows(candidates=candidates):
-            if self.draw.holds(row[1]) == self.is_validation:
+    def rows(self, *, samples: Collection[type] = ()) -> Iterator[ReadRow]:
+        for row in self.division.rows(samples=samples):
+            if self.division.holds(row[1]) == self.is_validation:
                 yield row
 
     def identity(self) -> Any:
-        draw = self.draw
-        return [draw.source.identity(), draw.source.options(None).limit, draw.share, draw.seed, self.is_validation]
+        part = self.division
+        return [part.source.identity(), part.source.options(None).limit, part.share, part.seed, self.is_validation]
 
     def num_bytes(self) -> int | None:
-        return self.draw.source.num_bytes()
+        return self.division.source.num_bytes()
 
     def options(self, model_max_length: int | None) -> PrepareOptions:
-        return dataclasses.replace(self.draw.source.options(model_max_length), limit=None)
+        return dataclasses.replace(self.division.source.options(model_max_length), limit=None)
 
 
 def split_off(source: Any, share: float | None, *, seed: int) -> tuple[Any, PartOfSource | None]:
@@ -89,5 +89,5 @@ def split_off(source: Any, share: float | None, *, seed: int) -> tuple[Any, Part
     """
     if share is None:
         return source, None
-    draw = _Draw(source, share, seed)
-    return PartOfSource(draw, is_validation=False), PartOfSource(draw, is_validation=True)
+    division = _ValidationShare(source, share, seed)
+    return PartOfSource(division, is_validation=False), PartOfSource(division, is_validation=True)

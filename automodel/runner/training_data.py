@@ -14,12 +14,13 @@ from automodel.data.batches.mixture import MixtureDataset
 from automodel.data.batches.stream import Stream, StreamLoader
 from automodel.data.batches.train_set import TrainSet, build_train_set
 from automodel.data.chat.stops import Stops
+from automodel.data.formats.choose import choose_for_file
+from automodel.data.prepare.bad_rows import warn_of_skipped
 from automodel.data.prepare.cache import hash_of
 from automodel.data.prepare.checks import Problem, data_problems
-from automodel.data.prepare.load import load_rows
+from automodel.data.prepare.load import load_rows, row_preparer
+from automodel.data.prepare.options import smaller_limit
 from automodel.data.prepare.prepared import PreparedRows
-from automodel.data.prepare.preparers import RowPreparer, choose_first, set_template, tell_skipped
-from automodel.data.sources import smaller_limit
 from automodel.data.validation_share import split_off
 from automodel.logs import get_logger, warn_for_all
 from automodel.models.embeddings import require_embeddings
@@ -167,7 +168,7 @@ def _load_parts(
     for name, part in parts.items():
         tokenizer.chat_template = own_template
         rows[name] = load_rows(part, tokenizer, task, model_max_length=model_max_length)
-        tell_skipped(rows[name].name, rows[name].counts)
+        warn_of_skipped(rows[name].name, rows[name].counts)
         if rows[name].is_conversation:
             templates[name] = tokenizer.chat_template
     tokenizer.chat_template = next(iter(templates.values()), own_template)
@@ -193,11 +194,10 @@ def _stream(
     sample: dict[str, PreparedRows],
 ) -> Stream:
     options = source.options(limit)
-    row_format = choose_first(source.stream(), options, candidates=task.formats)
-    set_template(tokenizer, row_format.name, options)
+    reader = choose_for_file(source.stream(), options.format, options.columns, samples=task.samples)
     return Stream(
         source,
-        RowPreparer(tokenizer, row_format, options, task, keeps_prompts=False),
+        row_preparer(tokenizer, reader, options, task),
         options,
         seed=cfg.rng.seed,
         global_batch_size=cfg.step_scheduler.global_batch_size,

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from automodel.data.chat.encode import added_ids, require_eos
 from automodel.data.chat.stops import Stops
-from automodel.data.formats.choose import Messages, PromptCompletion
-from automodel.data.prepare.preparers import Prepared, PrepareOptions, row_hash
+from automodel.data.formats.samples import Messages, PlainText, PromptCompletion
+from automodel.data.prepare.options import PrepareOptions
+from automodel.data.prepare.prepare_row import Prepared, row_hash
 from automodel.data.prepare.tokenize import Tokens, cut, shifted_example, tokenize_sample
 from automodel.tasks.task import Task
 from automodel.types import IGNORE_INDEX
@@ -25,7 +26,7 @@ class CausalLM(Task):
     """A causal language model of transformers."""
 
     peft_type = "CAUSAL_LM"
-    formats = ("messages", "sharegpt", "prompt_completion", "alpaca", "text")
+    samples = (Messages, PromptCompletion, PlainText)
     can_stream = True
     is_generative = True
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from automodel.data.formats.samples import TextLabel
 from automodel.data.prepare.labels import numbered_labels
-from automodel.data.prepare.preparers import Prepared, PrepareOptions, prepare_input
+from automodel.data.prepare.options import PrepareOptions
+from automodel.data.prepare.prepare_row import Prepared, prepare_input
 from automodel.data.rows import BadRow
 from automodel.tasks.task import Task
 from automodel.types import UserError
@@ -37,7 +39,7 @@ class SequenceClassification(Task):
 
     peft_type = "SEQ_CLS"
     has_new_head = True
-    formats = ("text_label",)
+    samples = (TextLabel,)
 
     def auto_class(self) -> Any:
         from transformers import AutoModelForSequenceClassification
@@ -77,7 +79,7 @@ class SequenceClassification(Task):
         return prepare_input(sample.text, tokenizer, options, label=sample.label)
 
     def identity(self) -> Any:
-        return [*super().identity(), self.spelt]
+        return self.spelt
 
     def fitted(self, rows: Sequence[PreparedRows], *, head_labels: Sequence[str]) -> Task:
         labels = {label for each in rows for label in each.table.unique("label")}

@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from automodel.data.batches.loader import Collate
+    from automodel.data.prepare.options import PrepareOptions
+    from automodel.data.prepare.prepare_row import Prepared
     from automodel.data.prepare.prepared import PreparedRows
-    from automodel.data.prepare.preparers import Prepared, PrepareOptions
     from automodel.eval.metrics import Metrics
 
 
@@ -24,14 +25,14 @@ class Task(Protocol):
     Attributes:
         peft_type: PEFT's name of the task, such as ``CAUSAL_LM``.
         has_new_head: a checkpoint may lack the weights of the head, or bring a head that is not used.
-        formats: names of the row formats that it takes; a user's own format is always taken.
+        samples: the types of sample that it prepares; it takes the rows of every format that reads one of them.
         can_stream: rows can be prepared before all of them are known.
         is_generative: the model writes text, of which part is supervised, and can be asked for answers.
     """
 
     peft_type: str
     has_new_head: bool = False
-    formats: tuple[str, ...] = ()
+    samples: tuple[type, ...] = ()
     can_stream: bool = False
     is_generative: bool = False
 
@@ -75,8 +76,8 @@ class Task(Protocol):
         """
 
     def identity(self) -> Any:
-        """Return, for JSON, what else decides the prepared rows; part of the key of their cache."""
-        return [type(self).__module__, type(self).__qualname__]
+        """Return, for JSON, what decides the prepared rows besides the code; part of the key of their cache."""
+        return None
 
     def fitted(self, rows: Sequence[PreparedRows], *, head_labels: Sequence[str]) -> Task:
         """Return the task with what it learns from all training rows, such as the labels.

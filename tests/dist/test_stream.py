@@ -16,8 +16,9 @@ from automodel.data.batches.collate import CausalLMCollator, PackedCollator
 from automodel.data.batches.loader import Loader, TrainLoader
 from automodel.data.batches.stream import START, Stream, StreamLoader
 from automodel.data.batches.train_set import build_train_set
-from automodel.data.prepare.preparers import RowPreparer, choose_first
-from automodel.data.sources import JsonlDataset
+from automodel.data.formats.choose import choose_for_file
+from automodel.data.prepare.load import row_preparer
+from automodel.data.sources import FileDataset
 from automodel.distributed.runtime.first_rank import node_group
 from automodel.models.char_tokenizer import build_char_tokenizer as build_tokenizer
 from automodel.tasks.causal_lm import CausalLM
@@ -41,10 +42,10 @@ def rows(tmp_path_factory) -> Path:
 
 
 def stream_of(path: Path, *, pack_length: int | None = None, num_epochs: int = 2, **options) -> Stream:
-    source = JsonlDataset(path=str(path), max_length=60, streaming=True, **{"buffer_rows": 40} | options)
+    source = FileDataset(path=str(path), max_length=60, streaming=True, **{"buffer_rows": 40} | options)
     tokenizer, keys = build_char_tokenizer(), source.options(None)
-    row_format = choose_first(source.stream(), keys, candidates=CausalLM.formats)
-    prepare = RowPreparer(tokenizer, row_format, keys, CausalLM(), keeps_prompts=False)
+    reader = choose_for_file(source.stream(), keys.format, keys.columns, samples=CausalLM.samples)
+    prepare = row_preparer(tokenizer, reader, keys, CausalLM())
     return Stream(
         source, prepare, keys, seed=7, global_batch_size=BATCH, num_epochs=num_epochs, drop_last=False,
         pack_length=pack_length,
@@ -68,7 +69,7 @@ def make_loader(kind: str, path: Path, *, is_packed: bool, num_workers: int) -> 
             stream_of(path, pack_length=pack_length), collate=collate, local_batch_size=1, dp_rank=rank, dp_size=size,
             node_group=group, num_workers=num_workers,
         )  # fmt: skip
-    prepared = load_sft(JsonlDataset(path=str(path), max_length=60), build_char_tokenizer(), model_max_length=None)
+    prepared = load_sft(FileDataset(path=str(path), max_length=60), build_char_tokenizer(), model_max_length=None)
     train_set = build_train_set({"rows": prepared}, pack_length=pack_length, mixture=None, seed=7)
     return TrainLoader(
         train_set.items, collate=collate, global_batch_size=BATCH, local_batch_size=1, dp_rank=rank, dp_size=size,
@@ -224,3 +225,18 @@ def test_a_stream_of_nothing_is_told(tmp_path):
     loader = StreamLoader(stream_of(path), collate=CausalLMCollator(0), local_batch_size=1, dp_rank=0, dp_size=1)
     with pytest.raises(UserError, match=r"nothing to train on is left within dataset\.max_length=60 tokens"):
         list(loader)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_stream_that_resumes_after_its_remaining_rows_were_removed_is_an_error(rows, tmp_path, num_workers):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(rows.read_text())
+    begun = make_loader("stream", path, is_packed=False, num_workers=0)
+    list(itertools.islice(begun, 2 * (NUM_ROWS // BATCH)))  # well into the second epoch
+    state = begun.state_dict()
+    assert state["epoch"] == 1 and state["block"] == 4
+    path.write_text("".join(line + "\n" for line in rows.read_text().splitlines()[:160]))  # up to that block
+    resumed = make_loader("stream", path, is_packed=False, num_workers=num_workers)
+    resumed.load_state_dict(state)
+    with pytest.raises(UserError, match="the rows end before the point where training resumes, so some were removed"):
+        next(iter(resumed))

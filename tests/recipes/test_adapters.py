@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.nn import functional as F
 
-from automodel.data.sources import JsonlDataset
+from automodel.data.sources import FileDataset
 from tests.recipes.command import command_line, load_as_the_screen_says, records, run
 from tests.unit.rows import load_sft
 
@@ -67,7 +67,7 @@ def test_the_adapter_that_peft_loads_has_the_validation_loss_of_the_run(runs, la
     model = PeftModel.from_pretrained(base, folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     first, last = records(runs[layout], "validation")[0], records(runs[layout], "validation")[-1]
-    source = JsonlDataset(path=str(shared_data / "sft" / "gsm8k_test.jsonl"), limit=5, max_length=96)
+    source = FileDataset(path=str(shared_data / "sft" / "gsm8k_test.jsonl"), limit=5, max_length=96)
     loss_sum, count = 0.0, 0
     for example in load_sft(source, tokenizer, model_max_length=512).examples:
         labels = torch.tensor(example["labels"])

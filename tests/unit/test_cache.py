@@ -18,7 +18,7 @@ import pytest
 
 from automodel.data.prepare import writer as build_module
 from automodel.data.prepare.cache import build_once, cache_root
-from automodel.data.sources import JsonlDataset
+from automodel.data.sources import FileDataset
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.types import UserError
 from tests.unit.rows import load_sft
@@ -100,7 +100,7 @@ def write(path: Path, *completions: str) -> Path:
 
 
 def load(path: Path, tokenizer=None, **options):
-    return load_sft(JsonlDataset(path=str(path), **options), tokenizer or build_char_tokenizer(), model_max_length=None)
+    return load_sft(FileDataset(path=str(path), **options), tokenizer or build_char_tokenizer(), model_max_length=None)
 
 
 def num_folders(cache: Path) -> int:
@@ -164,16 +164,16 @@ def test_several_processes_prepare_the_same_rows_in_the_same_order(tmp_path):
 def test_few_rows_are_read_before_their_results_are_taken(tmp_path, monkeypatch):
     num_read = 0
 
-    class Counted(JsonlDataset):
-        def rows(self, *, candidates=()) -> Iterator[Any]:
+    class Counted(FileDataset):
+        def rows(self, *, samples=()) -> Iterator[Any]:
             nonlocal num_read
             for num_read in range(1, 100_001):
                 yield f"place {num_read}", {"number": num_read}
 
     monkeypatch.setattr(build_module.multiprocessing, "get_context", lambda kind: SimpleNamespace(Pool=ThreadPool))
     source = Counted(path=str(write(tmp_path / "rows.jsonl", "a")), num_proc=2)
-    builder = build_module.Builder(source, source.options(100), tmp_path, {})
-    prepared = builder._prepared(lambda fields: fields["number"], False)
+    builder = build_module.RowWriter(source, source.options(100), tmp_path, samples=(), columns={})
+    prepared = builder._prepared(lambda fields: fields["number"])
     for number, (place, result) in enumerate(islice(prepared, 3000), start=1):
         assert (place, result) == (f"place {number}", number)  # in order
     for _ in range(50):  # a reader of its own would go on meanwhile, to the end of the input

@@ -77,7 +77,7 @@ def test_what_is_chosen_is_told_recorded_and_passed_on(here, capsys):
     assert load_config(written_out, env={}) == cfg
     assert capsys.readouterr().err == "", "what is written out needs no note"
     record = yaml.safe_load(resolved_yaml(cfg))
-    assert record["dataset"]["_target_"].endswith(".JsonlDataset") and record["dataset"]["path"] == "rows.jsonl"
+    assert record["dataset"]["_target_"].endswith(".FileDataset") and record["dataset"]["path"] == "rows.jsonl"
     assert record["model"]["pretrained_model_name_or_path"] == "model" and record["peft"]["rank"] == 8
     load_config(argv, env={"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"})
     assert capsys.readouterr().err == "", "one rank speaks for all"

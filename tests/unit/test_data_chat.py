@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from automodel.data.sources import JsonlDataset
+from automodel.data.sources import FileDataset
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.types import UserError
 from tests.unit.rows import load_sft
@@ -41,7 +41,7 @@ def write(tmp_path, *rows):
 
 def load(tmp_path, turns, tokenizer, **options):
     path = write(tmp_path, {"messages": turns})
-    return load_sft(JsonlDataset(path=path, **options), tokenizer, model_max_length=None)
+    return load_sft(FileDataset(path=path, **options), tokenizer, model_max_length=None)
 
 
 def pieces(tokenizer, example) -> list[str]:
@@ -95,7 +95,7 @@ def test_tokenizer_without_a_template_gets_chatml_and_says_so(tmp_path, stories_
 @pytest.mark.parametrize("name", ["stories_tokenizer", "minimind"])
 def test_real_rows_have_their_answers_supervised(request, shared_data, file, name):
     tokenizer = request.getfixturevalue(name)
-    source = JsonlDataset(path=str(shared_data / file), limit=100, max_length=100_000)
+    source = FileDataset(path=str(shared_data / file), limit=100, max_length=100_000)
     prepared = load_sft(source, tokenizer, model_max_length=None)
     lines = (shared_data / file).read_text(encoding="utf-8").splitlines()[:100]
     for line, example in zip(lines, prepared.examples, strict=True):
@@ -230,7 +230,7 @@ def test_template_file_that_is_missing_is_named(tmp_path):
 
 def test_tool_calls_and_tools_reach_the_template(shared_data, minimind):
     path = shared_data / "chat" / "tau_airline_messages.jsonl"
-    prepared = load_sft(JsonlDataset(path=str(path), limit=1, max_length=100_000), minimind, model_max_length=None)
+    prepared = load_sft(FileDataset(path=str(path), limit=1, max_length=100_000), minimind, model_max_length=None)
     row = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
     assistants = [turn for turn in row["messages"] if turn["role"] == "assistant"]
     answers = pieces(minimind, prepared.examples[0])

@@ -14,7 +14,7 @@ from pyarrow import parquet
 from automodel.data.files.readers import count_rows, local_files, read_files
 from automodel.data.files.split import RowSlice, parse_split
 from automodel.data.rows import Position
-from automodel.data.sources import JsonlDataset
+from automodel.data.sources import FileDataset
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.types import UserError
 from tests.unit.rows import load_sft
@@ -23,7 +23,7 @@ GOOD = b'{"prompt": "a", "completion": "b"}'
 
 
 def load(path: Path | str, **options):
-    return load_sft(JsonlDataset(path=str(path), **options), build_char_tokenizer(), model_max_length=None)
+    return load_sft(FileDataset(path=str(path), **options), build_char_tokenizer(), model_max_length=None)
 
 
 def problems_of(tmp_path: Path, *lines: bytes, **options) -> list[str]:

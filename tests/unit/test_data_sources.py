@@ -13,7 +13,7 @@ import pytest
 import yaml
 from pyarrow import parquet
 
-from automodel.data.sources import DemoDataset, HFDataset, JsonlDataset
+from automodel.data.sources import DemoDataset, FileDataset, HFDataset
 from automodel.data.validation_share import split_off
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.types import UserError
@@ -31,7 +31,7 @@ def test_sections_import_no_heavy_library():
     assert run.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(("option", "source"), [("demo", DemoDataset), ("jsonl", JsonlDataset), ("hf", HFDataset)])
+@pytest.mark.parametrize(("option", "source"), [("demo", DemoDataset), ("jsonl", FileDataset), ("hf", HFDataset)])
 def test_keys_and_defaults_are_those_of_the_shipped_section(option, source):
     section = yaml.safe_load((CONF / f"{option}.yaml").read_text(encoding="utf-8"))
     assert section.pop("_target_") == f"{source.__module__}.{source.__qualname__}"
@@ -90,23 +90,23 @@ def pairs(numbers: Iterable[int]) -> list[dict]:
 
 
 def test_a_share_is_set_aside_at_random_and_the_rest_is_trained_on(tmp_path):
-    source = JsonlDataset(path=write(tmp_path / "rows.jsonl", pairs(range(200))))
+    source = FileDataset(path=write(tmp_path / "rows.jsonl", pairs(range(200))))
     train, val = parts_of(source, 0.05)
     assert len(val) == 10 and sorted(train + val) == sorted(f"q{number}" for number in range(200))
     assert [len(part) for part in parts_of(source, 0.001)] == [199, 1]
     assert val == parts_of(source, 0.05)[1] != parts_of(source, 0.05, seed=8)[1] and val != train[:10]
-    turned = JsonlDataset(path=write(tmp_path / "turned.jsonl", pairs(reversed(range(200)))))
+    turned = FileDataset(path=write(tmp_path / "turned.jsonl", pairs(reversed(range(200)))))
     assert set(parts_of(turned, 0.05)[1]) == set(val)
 
 
 def test_rows_that_are_alike_are_set_aside_together(tmp_path):
-    source = JsonlDataset(path=write(tmp_path / "rows.jsonl", pairs([*range(40), *range(40)])))
+    source = FileDataset(path=write(tmp_path / "rows.jsonl", pairs([*range(40), *range(40)])))
     train, val = parts_of(source, 0.2)
     assert len(val) == 16 and not set(train) & set(val)
 
 
 def test_a_share_is_of_the_rows_that_split_and_limit_leave(tmp_path):
-    source = JsonlDataset(path=write(tmp_path / "rows.jsonl", pairs(range(100))), split="train[50:]", limit=20)
+    source = FileDataset(path=write(tmp_path / "rows.jsonl", pairs(range(100))), split="train[50:]", limit=20)
     train, val = parts_of(source, 0.25)
     assert (len(train), len(val)) == (15, 5)
     assert {int(name[1:]) for name in train + val} == set(range(50, 70))
@@ -122,7 +122,7 @@ def test_a_share_may_be_of_csv_parquet_and_hub_rows(tmp_path):
     parquet.write_table(table, tmp_path / "train.parquet")
     csv = tmp_path / "rows.csv"
     csv.write_text("prompt,completion\n" + "".join(f"q{number},a\n" for number in range(40)))
-    sources = [JsonlDataset(path=str(tmp_path / "train.parquet")), JsonlDataset(path=str(csv)),
+    sources = [FileDataset(path=str(tmp_path / "train.parquet")), FileDataset(path=str(csv)),
                HFDataset(path=str(tmp_path), split="train[:100%]")]  # fmt: skip
     train, val = parts_of(sources[0], 0.1)
     assert (len(train), len(val)) == (36, 4)
@@ -130,14 +130,14 @@ def test_a_share_may_be_of_csv_parquet_and_hub_rows(tmp_path):
 
 
 def test_a_share_that_leaves_nothing_is_told(tmp_path):
-    source = JsonlDataset(path=write(tmp_path / "rows.jsonl", pairs(range(1))))
+    source = FileDataset(path=write(tmp_path / "rows.jsonl", pairs(range(1))))
     with pytest.raises(UserError, match=r"dataset\.validation_share=0\.5 of 1 rows leaves none to train on"):
         parts_of(source, 0.5)
 
 
 def test_labels_of_rows_that_are_set_aside_are_known(tmp_path):
     rows = [{"text": f"t{number}", "label": "rare" if number == 3 else "ab"[number % 2]} for number in range(8)]
-    source = JsonlDataset(path=write(tmp_path / "rows.jsonl", rows))
+    source = FileDataset(path=write(tmp_path / "rows.jsonl", rows))
     for seed in range(6):  # in one of them the rare one is set aside
         train, val = split_off(source, 0.25, seed=seed)
         known = load_classification(train, build_char_tokenizer(), model_max_length=None, set_aside=val)
@@ -147,15 +147,15 @@ def test_labels_of_rows_that_are_set_aside_are_known(tmp_path):
 
 def test_several_files_are_read_in_the_order_given(tmp_path):
     paths = [write(tmp_path / f"{name}.jsonl", [{"prompt": name, "completion": "x"}]) for name in "bac"]
-    source = JsonlDataset(path=paths)
+    source = FileDataset(path=paths)
     assert [row.fields["prompt"] for row in source.rows()] == ["b", "a", "c"]
     assert source.display_name == f"{paths[0]} and 2 more"
-    assert JsonlDataset(path=paths).identity() != JsonlDataset(path=paths[:2]).identity()
+    assert FileDataset(path=paths).identity() != FileDataset(path=paths[:2]).identity()
     with pytest.raises(UserError, match=r"names .*b\.jsonl twice"):
-        JsonlDataset(path=[str(tmp_path), paths[0]]).identity()
+        FileDataset(path=[str(tmp_path), paths[0]]).identity()
 
 
 def test_what_datasets_puts_beside_rows_is_not_taken_for_rows(tmp_path):
     write(tmp_path / "train.jsonl", pairs(range(2)))
     (tmp_path / "dataset_infos.json").write_text('{"default": {}}')
-    assert len(list(JsonlDataset(path=str(tmp_path)).rows())) == 2
+    assert len(list(FileDataset(path=str(tmp_path)).rows())) == 2

@@ -7,7 +7,7 @@ import pytest
 
 from automodel.data.prepare.prepared import PreparedRows
 from automodel.data.prepare.tokenize import UNSEPARATED
-from automodel.data.sources import DemoDataset, JsonlDataset
+from automodel.data.sources import DemoDataset, FileDataset
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.tasks.sequence_classification import SequenceClassification
 from automodel.types import UserError
@@ -20,7 +20,7 @@ def write(path: Path, *rows: dict) -> str:
 
 
 def load(tmp_path, *rows, tokenizer=None, model_max_length=None, **options):
-    source = JsonlDataset(path=write(tmp_path / "rows.jsonl", *rows), **options)
+    source = FileDataset(path=write(tmp_path / "rows.jsonl", *rows), **options)
     return load_sft(source, tokenizer or build_char_tokenizer(), model_max_length=model_max_length)
 
 
@@ -75,7 +75,7 @@ def test_pattern_puts_a_separator_where_asked(tmp_path):
 def test_real_rows_render_as_one_text_with_the_answer_supervised(request, shared_data, name):
     tokenizer = request.getfixturevalue(name)
     path = shared_data / "sft" / "gsm8k_train.jsonl"
-    source = JsonlDataset(path=str(path), limit=200, columns={"prompt": "{question}\n"})
+    source = FileDataset(path=str(path), limit=200, columns={"prompt": "{question}\n"})
     prepared = load_sft(source, tokenizer, model_max_length=None)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:200]]
     assert prepared.counts.num_label_tokens == sum(len(supervised(example)) for example in prepared.examples)
@@ -165,7 +165,7 @@ def test_demo_rows_carry_their_kind_and_have_no_key_of_a_file():
 
 
 def classify(path, tokenizer, known=None, model_max_length=None, head_labels=(), **options):
-    source = JsonlDataset(path=str(path), **options)
+    source = FileDataset(path=str(path), **options)
     return load_classification(
         source, tokenizer, model_max_length=model_max_length, known=known, head_labels=head_labels
     )

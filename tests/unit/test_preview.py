@@ -12,7 +12,7 @@ from rich.console import Console
 
 from automodel.config import load_config
 from automodel.data.prepare.checks import data_problems, num_duplicates, shared_rows
-from automodel.data.sources import JsonlDataset
+from automodel.data.sources import FileDataset
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.preview import main, preview, render
 from tests.unit.rows import load_sft
@@ -26,7 +26,7 @@ def write(path: Path, rows: list[dict]) -> str:
 
 
 def load(path: str, **options):
-    return load_sft(JsonlDataset(path=path, **options), build_char_tokenizer(), model_max_length=None)
+    return load_sft(FileDataset(path=path, **options), build_char_tokenizer(), model_max_length=None)
 
 
 def shown(*argv: str, num_rows: int = 1) -> tuple[str, list[str]]:

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from automodel.data.chat.conversation import tokenize_messages
-from automodel.data.formats.choose import Messages, PromptCompletion
+from automodel.data.formats.samples import Messages, PromptCompletion
 from automodel.data.prepare import proof
 from automodel.data.prepare.proof import difference_of, prove
 from automodel.data.prepare.tokenize import tokenize_completion
-from automodel.data.sources import JsonlDataset
+from automodel.data.sources import FileDataset
 from tests.unit.rows import load_sft
 from tests.unit.tiny_tokenizers import KINDS, build
 
@@ -53,7 +53,7 @@ def test_rows_of_the_cache_are_compared_too(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "Tell me.", "completion": " Once."}) + "\n")
 
     def load():
-        return load_sft(JsonlDataset(path=str(tmp_path / "rows.jsonl")), tokenizer, model_max_length=None)
+        return load_sft(FileDataset(path=str(tmp_path / "rows.jsonl")), tokenizer, model_max_length=None)
 
     assert load().proof == (1, [])
     monkeypatch.setattr(proof, "difference_of", lambda *args, **options: "broken")

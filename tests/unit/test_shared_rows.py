@@ -5,8 +5,8 @@ from itertools import islice
 
 import pytest
 
-from automodel.data.formats.choose import Messages, PlainText, PromptCompletion, UnknownFormat, choose_format
-from automodel.data.formats.preference import Preference
+from automodel.data.formats.choose import UnknownFormat, choose_format
+from automodel.data.formats.samples import Messages, PlainText, Preference, PromptCompletion
 from automodel.tasks.causal_lm import CausalLM
 
 SHAPES = {
@@ -55,8 +55,8 @@ def first_rows(shared_data, name):
 @pytest.mark.parametrize("name", DETECTED)
 def test_format_is_detected_and_every_row_read(shared_data, name):
     rows = first_rows(shared_data, name)
-    formats = ("preference",) if name.startswith("pref") else CausalLM.formats
-    chosen = choose_format("auto", {}, row=rows[0], candidates=formats)
+    samples = (Preference,) if name.startswith("pref") else CausalLM.samples
+    chosen = choose_format("auto", {}, row=rows[0], samples=samples)
     assert chosen.name == DETECTED[name]
     assert {type(chosen.read(row)) for row in rows} == {SHAPES[chosen.name]}
 
@@ -66,8 +66,8 @@ def test_other_layouts_are_read_by_columns_and_refused_without(shared_data, name
     rows = first_rows(shared_data, name)
     expected, columns = MAPPED[name]
     with pytest.raises(UnknownFormat, match=r"of no known format; name them with dataset\.columns"):
-        choose_format("auto", {}, row=rows[0], candidates=CausalLM.formats)
-    chosen = choose_format("auto", columns, row=rows[0], candidates=CausalLM.formats)
+        choose_format("auto", {}, row=rows[0], samples=CausalLM.samples)
+    chosen = choose_format("auto", columns, row=rows[0], samples=CausalLM.samples)
     assert chosen.name == expected
     assert {type(chosen.read(row)) for row in rows} == {SHAPES[expected]}
 
@@ -75,14 +75,14 @@ def test_other_layouts_are_read_by_columns_and_refused_without(shared_data, name
 def test_rated_answers_need_the_format_to_be_named(shared_data):
     rows = first_rows(shared_data, "pref/kto_en_demo")
     with pytest.raises(UnknownFormat, match=r"boolean label.*dataset\.format=messages"):
-        choose_format("auto", {}, row=rows[0], candidates=CausalLM.formats)
-    chosen = choose_format("messages", {}, row=rows[0], candidates=CausalLM.formats)
+        choose_format("auto", {}, row=rows[0], samples=CausalLM.samples)
+    chosen = choose_format("messages", {}, row=rows[0], samples=CausalLM.samples)
     assert all(row["messages"][-1]["content"] == chosen.read(row).turns[-1]["content"] for row in rows)
 
 
 def test_parts_of_reasoning_and_calls_reach_the_turns(shared_data):
     rows = first_rows(shared_data, "chat/reason_tool_use")
-    chosen = choose_format("auto", {}, row=rows[0], candidates=CausalLM.formats)
+    chosen = choose_format("auto", {}, row=rows[0], samples=CausalLM.samples)
     for row in rows:
         for given, turn in zip(row["messages"], chosen.read(row).turns, strict=True):
             parts = {kind: [p["value"] for p in given["content"] if p["type"] == kind] for kind in PART_KINDS}
@@ -102,7 +102,7 @@ def as_list(value):
 
 def test_pairs_of_real_rows_share_their_prompt_and_differ_after_it(shared_data):
     rows = first_rows(shared_data, "pref/ultrafeedback")
-    chosen = choose_format("auto", {}, row=rows[0], candidates=("preference",))
+    chosen = choose_format("auto", {}, row=rows[0], samples=(Preference,))
     for row in rows:
         pair = chosen.read(row)
         assert [turn["content"] for turn in pair.prompt + pair.chosen] == [turn["content"] for turn in row["chosen"]]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from automodel.data.chat.stops import Stops
-from automodel.data.sources import JsonlDataset
+from automodel.data.sources import FileDataset
 from automodel.models.hf import stop_at
 from tests.unit.rows import load_sft
 
@@ -19,7 +19,7 @@ def minimind(shared_data):
 
 
 def stops_of(shared_data, tokenizer, template, rows="cases/eos-of-template/rows.jsonl", **options):
-    source = JsonlDataset(path=str(shared_data / rows), chat_template=template, limit=4, **options)
+    source = FileDataset(path=str(shared_data / rows), chat_template=template, limit=4, **options)
     return load_sft(source, tokenizer, model_max_length=None)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from automodel.data.chat.conversation import tokenize_messages
 from automodel.data.chat.templates import BUILT_IN_TEMPLATES, set_chat_template
-from automodel.data.formats.choose import Messages
+from automodel.data.formats.samples import Messages
 from automodel.data.rows import BadRow
 from automodel.models.char_tokenizer import build_char_tokenizer
 

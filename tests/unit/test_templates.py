@@ -7,9 +7,10 @@ import pytest
 from automodel.config import load_config
 from automodel.data.chat.templates import set_chat_template
 from automodel.data.prepare.cache import hash_of
-from automodel.data.prepare.writer import facts_of
-from automodel.data.sources import JsonlDataset
+from automodel.data.prepare.cache_key import rows_key
+from automodel.data.sources import FileDataset
 from automodel.models.char_tokenizer import build_char_tokenizer
+from automodel.tasks.causal_lm import CausalLM
 from automodel.types import UserError
 from tests.unit.rows import load_sft
 
@@ -28,7 +29,7 @@ def source(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": TURNS}) + "\n")
 
     def make(**options):
-        return JsonlDataset(path=str(tmp_path / "rows.jsonl"), **options)
+        return FileDataset(path=str(tmp_path / "rows.jsonl"), **options)
 
     return make
 
@@ -65,7 +66,8 @@ def test_no_thinking_gives_the_prompt_of_a_model_that_does_not_think(shared_data
 
 def test_values_are_part_of_what_names_the_cache(minimind, source):
     options = [source(chat_template_kwargs={"open_thinking": value}) for value in (True, False)]
-    names = {hash_of(facts_of(each, minimind, each.options(None))) for each in options}
+    others = {"task": CausalLM(), "reader": None, "keeps_prompts": False}
+    names = {hash_of(rows_key(each, minimind, each.options(None), **others)) for each in options}
     assert len(names) == 2
 
 

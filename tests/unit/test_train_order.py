@@ -169,8 +169,8 @@ def test_shares_that_cannot_be_are_told(keys, temperature, message):
     ("sources", "message"),
     [
         ({}, "has no sources"),
-        ({"a": {"path": "x", "kind": "csv"}}, "dataset.sources.a.kind=csv: there are jsonl, hf, demo"),
-        ({"a": {"pth": "x"}}, "dataset.sources.a.pth is not a key of a jsonl source; did you mean path"),
+        ({"a": {"path": "x", "kind": "csv"}}, "dataset.sources.a.kind=csv: there are file, jsonl, hf, demo"),
+        ({"a": {"pth": "x"}}, "dataset.sources.a.pth is not a key of a file source; did you mean path"),
         ({"a": {}}, "dataset.sources.a.path is required"),
         ({"a": {"path": "x", "streaming": True}}, "draws from whole sets"),
     ],

@@ -6,7 +6,7 @@ import pytest
 
 from automodel.data.chat.conversation import JOINED, tokenize_messages
 from automodel.data.chat.encode import encode
-from automodel.data.formats.choose import Messages, PromptCompletion
+from automodel.data.formats.samples import Messages, PromptCompletion
 from automodel.data.prepare.tokenize import tokenize_completion
 from automodel.data.rows import BadRow
 from tests.unit.test_supervision import FRAMES, PAIRS, choose, conversation, written

@@ -7,10 +7,10 @@ import pytest
 
 from automodel.data.chat import spans
 from automodel.data.chat.conversation import RESPELT, THOUGHTS_LEFT_OUT, tokenize_messages
-from automodel.data.formats.choose import Messages
+from automodel.data.formats.samples import Messages
 from automodel.data.formats.turns import read_turns
 from automodel.data.rows import BadRow
-from automodel.data.sources import JsonlDataset
+from automodel.data.sources import FileDataset
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.types import UserError
 from tests.unit.rows import load_sft
@@ -27,7 +27,7 @@ def load_case(shared_data, name, tokenizer, *, rows="rows.jsonl", template=None,
     folder = shared_data / "cases" / name
     if template is not None:
         template = str(shared_data / template if template.startswith("templates") else folder / template)
-    source = JsonlDataset(path=str(folder / rows), chat_template=template, max_length=10**6, **options)
+    source = FileDataset(path=str(folder / rows), chat_template=template, max_length=10**6, **options)
     return load_sft(source, tokenizer, model_max_length=None)
 
 
@@ -100,7 +100,7 @@ def test_thoughts_of_earlier_turns_are_counted_where_the_last_is_written(shared_
     more = thoughtful("Twice.", key=key)
     rows = [{"messages": thoughtful("Once.", key=key, more=more)}, {"messages": thoughtful("Once.", key=key)}] * 2
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = JsonlDataset(
+    source = FileDataset(
         path=str(tmp_path / "rows.jsonl"), chat_template=str(shared_data / "templates" / "trl_qwen3.jinja")
     )
     with caplog.at_level(logging.INFO, logger="automodel"):

@@ -136,14 +136,14 @@ def test_an_adapter_on_a_tied_output_layer_is_said_not_to_merge():
     ("model_max_length", "words"), [(8, "the model's limit of 8 tokens"), (None, "dataset.max_length=9")]
 )
 def test_what_bounds_the_length_of_a_row_is_named(tmp_path, model_max_length, words):
-    from automodel.data.sources import JsonlDataset
+    from automodel.data.sources import FileDataset
     from automodel.models.char_tokenizer import build_char_tokenizer
     from tests.unit.rows import load_sft
 
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "a" * 30, "completion": "b"}) + "\n")
     for truncation, prefix in (("error", "more than "), ("right", "nothing supervised is left within ")):
-        source = JsonlDataset(path=str(rows), max_length=9, truncation=truncation)
+        source = FileDataset(path=str(rows), max_length=9, truncation=truncation)
         with pytest.raises(UserError, match=re.escape(prefix + words)):
             load_sft(source, build_char_tokenizer(), model_max_length=model_max_length)
 

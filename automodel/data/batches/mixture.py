@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from automodel.config.names import did_you_mean
-from automodel.data.sources import DemoDataset, HFDataset, JsonlDataset
+from automodel.data.sources import DemoDataset, FileDataset, HFDataset
 from automodel.types import UserError
 
 _OWN_KEYS = ("kind", "weight", "epochs")
-_KINDS = {"jsonl": JsonlDataset, "hf": HFDataset, "demo": DemoDataset}
+_KINDS = {"file": FileDataset, "jsonl": FileDataset, "hf": HFDataset, "demo": DemoDataset}
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class MixtureDataset:
     """Rows of several sources; what ``dataset=mixture`` configures.
 
     Attributes:
-        sources: by name, the keys of a data set of the given ``kind`` (``jsonl`` unless told, ``hf`` or ``demo``)
+        sources: by name, the keys of a data set of the given ``kind`` (``file`` by default, ``hf`` or ``demo``)
             and either ``weight`` or ``epochs``.
         temperature: shares go with the sources' sizes to the power of 1 / temperature: 1 keeps the sizes, more evens
             them out.
@@ -46,7 +46,7 @@ class MixtureDataset:
 
     def _part(self, name: str, keys: Mapping[str, Any]) -> Any:
         keys = {"max_length": self.max_length, "truncation": self.truncation} | dict(keys)
-        kind = keys.get("kind", "jsonl")
+        kind = keys.get("kind", "file")
         keys = {key: value for key, value in keys.items() if key not in _OWN_KEYS}
         if kind not in _KINDS:
             raise UserError(f"dataset.sources.{name}.kind={kind}: there are {', '.join(_KINDS)}")

@@ -19,15 +19,16 @@ from torch.utils.data import DataLoader, IterableDataset
 from automodel.data.batches.batch import Batch, as_batch
 from automodel.data.batches.loader import Collate, seeded, shares_of
 from automodel.data.batches.packing import PackedRows, pack
+from automodel.data.prepare.bad_rows import BadRows, warn_of_skipped
 from automodel.data.prepare.prepared import RowCounts
-from automodel.data.prepare.preparers import BadRows, tell_skipped
-from automodel.data.prepare.unused import tell_unused
+from automodel.data.prepare.unused import report_unused
 from automodel.data.rows import BadRow
 from automodel.logs import get_logger
 from automodel.types import UserError
 
 if TYPE_CHECKING:
-    from automodel.data.prepare.preparers import Prepared, PrepareOptions
+    from automodel.data.prepare.options import PrepareOptions
+    from automodel.data.prepare.prepare_row import Prepared
 
 log = get_logger(__name__)
 
@@ -145,9 +146,9 @@ class Stream:
             bad_rows.counts.count_unused(name for name in prepared.unused if name not in self.told)
             if prepared.record is not None:
                 examples.append(_example(prepared.record))
-        tell_skipped(self.source.display_name, bad_rows.counts)
+        warn_of_skipped(self.source.display_name, bad_rows.counts)
         bad_rows.counts.num_rows_read = num_read
-        tell_unused(self.source.display_name, bad_rows.counts)
+        report_unused(self.source.display_name, bad_rows.counts)
         self.told.update(bad_rows.counts.unused)
         return examples, num_read
 

@@ -20,8 +20,7 @@ from automodel.data.chat.encode import (
 )
 from automodel.data.chat.markers import THOUGHT_KEYS
 from automodel.data.chat.spans import CannotRender, Rendering, Span, render_spans
-from automodel.data.formats.choose import Messages
-from automodel.data.formats.turns import Turn
+from automodel.data.formats.samples import Messages, Turn
 from automodel.data.rows import BadRow
 
 if TYPE_CHECKING:

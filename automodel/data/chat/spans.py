@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from automodel.data.chat.markers import Marked, Part, Place, find_places, text_after, with_markers
 from automodel.data.chat.wholeness import require_whole
-from automodel.data.formats.choose import Messages
+from automodel.data.formats.samples import Messages
 from automodel.data.rows import BadRow
 from automodel.types import UserError
 

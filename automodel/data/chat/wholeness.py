@@ -8,7 +8,7 @@ from typing import Any
 
 from automodel.data.chat.encode import QUOTE_CLOSE, QUOTE_OPEN
 from automodel.data.chat.markers import Marked, Part, Place
-from automodel.data.formats.choose import Messages
+from automodel.data.formats.samples import Messages
 from automodel.data.rows import BadRow
 
 _TAG = re.compile(r"[<\[]/?(?:think|thinking|thought|reasoning)[>\]]", re.IGNORECASE)

@@ -1,153 +1,209 @@
-"""Recognise what a row holds, from its fields or by name, and bring it to one of a few shapes."""
+"""Recognise the format of a file from the fields of its first row, or find the one that the user names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
+from itertools import islice
+from typing import Annotated, Any
 
-from automodel.data.formats.columns import Pattern, fields_seen, nearest, read_pattern, whole_field
-from automodel.data.formats.preference import Preference, read_preference
-from automodel.data.formats.row_format import RowFormat
-from automodel.data.formats.turns import Turn, read_tools, read_turns, with_system
-from automodel.data.rows import BadRow, require_text
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
 
-FormatName = Literal["auto", "prompt_completion", "alpaca", "messages", "sharegpt", "text", "text_label", "preference"]
+from automodel.config.names import did_you_mean
+from automodel.data.formats.alpaca import AlpacaFormat
+from automodel.data.formats.columns import Columns
+from automodel.data.formats.messages import MessagesFormat, ShareGPTFormat
+from automodel.data.formats.patterns import Pattern, fields_seen, nearest, read_pattern, whole_field
+from automodel.data.formats.preference import PreferenceFormat
+from automodel.data.formats.prompt_completion import PromptCompletionFormat
+from automodel.data.formats.row_format import RowFormat, RowReader
+from automodel.data.formats.text import TextFormat
+from automodel.data.formats.text_label import TextLabelFormat
+from automodel.data.rows import BadRow, ReadRow
+from automodel.types import UserError
+
+SHIPPED: tuple[RowFormat, ...] = (
+    MessagesFormat(),
+    ShareGPTFormat(),
+    PromptCompletionFormat(),
+    AlpacaFormat(),
+    TextFormat(),
+    TextLabelFormat(),
+    PreferenceFormat(),
+)
+"""The formats that are recognised, in the order in which messages list them."""
+
+_NUM_FIRST_ROWS = 1000
+"""Rows among which a field is looked for that the user names and the first row lacks."""
 
 
 class UnknownFormat(BadRow):
-    """The format of a whole file cannot be told; naming every row would say the same again and again."""
+    """The format of a whole file is not known; naming every row would repeat it again and again."""
 
 
-class PromptCompletion(NamedTuple):
-    """Plain text of which the completion alone is supervised."""
+def find_format(name: str) -> RowFormat:
+    """Return the format that ``dataset.format`` names: a shipped one, or a class of the user's by its dotted path.
 
-    prompt: str
-    completion: str
-    kind: str | None = None
-
-
-class Messages(NamedTuple):
-    """A conversation.
-
-    Attributes:
-        weights: a loss weight for each turn; None, there or for all: 1 for the assistant's turns, 0 for others.
+    Raises:
+        ValueError: there is no such format; the message says what ``name`` must be.
     """
+    for each in SHIPPED:
+        if each.name == name:
+            return each
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        names = ["auto", *(each.name for each in SHIPPED)]
+        raise ValueError(
+            f"one of {', '.join(names)}, or a class of your own, as my_module.MyFormat{did_you_mean(name, names)}"
+        )
+    try:
+        found = getattr(import_module(module), attribute)
+    except Exception as error:
+        raise ValueError(f"a class that can be imported; {type(error).__name__}: {error}") from None
+    if not isinstance(found, type) or RowFormat not in found.__mro__:
+        raise ValueError(f"a class that inherits from {RowFormat.__module__}.RowFormat")
+    return found()
 
-    turns: list[Turn]
-    tools: list[dict[str, Any]] | None = None
-    weights: list[float | None] | None = None
+
+def _require_format(name: str) -> str:
+    try:
+        if name != "auto":
+            find_format(name)
+    except ValueError as error:
+        raise PydanticCustomError("unknown_format", "{what}", {"what": str(error)}) from None
+    return name
 
 
-class PlainText(NamedTuple):
-    """Text for continued pre-training, all of it supervised."""
-
-    text: str
+FormatName = Annotated[str, AfterValidator(_require_format)]
+"""What ``dataset.format`` takes."""
 
 
-class TextLabel(NamedTuple):
-    """A text and the name of its class."""
+def choose_for_file(
+    rows: Iterable[ReadRow], name: str, columns: Mapping[str, str | None], *, samples: Collection[type]
+) -> RowReader | None:
+    """Return the reader for a file, by the first of its ``rows`` that is not damaged; None where there is no such row.
 
-    text: str
-    label: str
+    A field that the user names may be missing from that row, if another of the first rows holds it.
 
-
-Shape = PromptCompletion | Messages | PlainText | TextLabel | Preference
-
-_REQUIRED = {
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "prompt_completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-    "text": ("text",),
-    "text_label": ("text", "label"),
-    "preference": ("chosen", "rejected"),
-}
-_OPTIONAL = {
-    "messages": ("tools", "system"),
-    "sharegpt": ("tools", "system"),
-    "alpaca": ("input", "system"),
-    "prompt_completion": ("input", "system"),
-    "preference": ("prompt", "messages", "conversations", "tools", "system"),
-}
-# Other names under which the fields of a format are known, tried where the usual ones are not there.
-_ALIASES: dict[str, tuple[dict[str, str], ...]] = {
-    "prompt_completion": ({"prompt": "question", "completion": "answer"},),
-    "alpaca": ({"output": "response"},),
-    "text_label": ({"text": "sentence"}, {"text": "{title}\n{description}"}),
-    "preference": ({"chosen": "chosen_messages", "rejected": "rejected_messages"},),
-}
-# Fields that often are a column under a name which alone does not say so.
-_LIKELY = {
-    "prompt_completion": {
-        "prompt": ("query", "question", "prompt", "problem", "instruction", "input", "source"),
-        "completion": ("response", "answer", "completion", "solution", "output", "target", "summary"),
-    },
-    "text_label": {
-        "text": ("text", "sentence", "content", "review", "question", "document", "body"),
-        "label": ("label", "labels", "class", "category", "target", "sentiment", "intent"),
-    },
-}
-_CLASSIFIED = ("text_label",)
-_SFT_FORMATS = ("messages", "sharegpt", "prompt_completion", "alpaca", "text")
-# Beside a text these say where it is from; any other field may be what should be learnt.
-_PROVENANCE = {"id", "url", "source", "timestamp", "date", "meta", "metadata"}
+    Raises:
+        UserError: as ``choose_format``, with the place of the row.
+    """
+    rows = iter(rows)
+    for place, fields in rows:
+        if isinstance(fields, BadRow):
+            continue
+        try:
+            fields = fields | _held_later(rows, _missing_fields(columns, fields))
+            return choose_format(name, columns, row=fields, samples=samples)
+        except UnknownFormat as error:
+            raise UserError(f"{place}: {error}") from error
+    return None
 
 
 def choose_format(
-    name: FormatName,
-    columns: Mapping[str, str | None],
-    *,
-    row: Mapping[str, Any],
-    candidates: Sequence[str],
-) -> RowFormat:
-    """Return the format of a file from its name or, with ``auto``, from the columns mapped and its first row.
+    name: str, columns: Mapping[str, str | None], *, row: Mapping[str, Any], samples: Collection[type]
+) -> RowReader:
+    """Return the reader for rows like ``row``, by the format's name or, with ``auto``, by the fields of ``row``.
 
     Args:
         columns: for a column of a format the field that holds it, or a pattern over fields such as
             ``{context}\\n\\n{question}`` or ``{answers[text][0]}``.
-        candidates: names of the formats that the recipe's task takes.
+        samples: the types of sample that the recipe's task takes.
 
     Raises:
-        UnknownFormat: the fields are not those of a known format, or of several; it says which key settles it.
+        UnknownFormat: the fields suit no known format, or several; the message names the key that settles it.
     """
     mapped = {column: _mapped(column, field, row) for column, field in columns.items() if field is not None}
-    candidates = tuple(candidates)
-    if name not in ("auto", *candidates):
-        does = f"dataset.format={name} does not suit this recipe; it takes {' or '.join(candidates)}"
-        raise UnknownFormat(f"{does}; {_recipe_for(name)}")
-    if name == "auto":
-        if candidates == _SFT_FORMATS and not mapped:
-            _refuse_preferences(row)
-        name = _detected(candidates, mapped, row)
-    return RowFormat(name, _fields_of(name, mapped, row), mapped=mapped, reader=_READERS[name])
+    candidates = [each for each in SHIPPED if each.sample in samples]
+    chosen = _detected(candidates, mapped, row) if name == "auto" else _named(name, candidates, samples)
+    fields = _fields_of(chosen, mapped, row)
+    return RowReader(chosen.name if name == "auto" else name, chosen, Columns(fields, mapped=mapped))
 
 
-def _recipe_for(name: str) -> str:
-    """Return which recipe trains on rows of a format."""
-    if name == "preference":
-        return _PAIRS
-    return f"recipe={'llm_seq_cls' if name in _CLASSIFIED else 'llm_sft'} trains on rows of this format ({name})"
+def _named(name: str, candidates: Sequence[RowFormat], samples: Collection[type]) -> RowFormat:
+    try:
+        chosen = find_format(name)
+    except ValueError as error:
+        raise UnknownFormat(f"dataset.format={name} must be {error}") from None
+    if chosen.sample not in samples:
+        takes = " or ".join(each.name for each in candidates) or "a format of your own"
+        advice = f"; {chosen.advice()}" if chosen in SHIPPED else f", not one that reads {chosen.sample.__name__}"
+        raise UnknownFormat(f"dataset.format={name} does not suit this recipe; it takes {takes}{advice}")
+    return chosen
 
 
-_PAIRS = (
-    "the rows are preference pairs (chosen, rejected), which no recipe trains on yet; to train on the chosen answers "
-    "alone with recipe=llm_sft, map them: dataset.columns.prompt with dataset.columns.completion, or "
-    "dataset.columns.messages"
-)
-
-
-def _refuse_preferences(row: Mapping[str, Any]) -> None:
-    if _has_sign("preference", {}, row):
-        raise UnknownFormat(_PAIRS)
-    if ("messages" in row or "conversations" in row) and isinstance(row.get("label"), bool):
-        name = "messages" if "messages" in row else "sharegpt"
+def _detected(candidates: Sequence[RowFormat], mapped: Mapping[str, Any], row: Mapping[str, Any]) -> RowFormat:
+    others = [each for each in SHIPPED if each not in candidates and _has_required(each, mapped, row)]
+    for other in others:
+        if other.is_exclusive and not mapped:
+            raise UnknownFormat(other.advice())
+    fits = [each for each in candidates if _has_required(each, mapped, row)]
+    if len(fits) == 1:
+        doubt = None if mapped else fits[0].doubt(row)
+        if doubt is not None:
+            raise UnknownFormat(doubt)
+        return fits[0]
+    if fits:
+        names = " or ".join(each.name for each in fits)
+        raise UnknownFormat(f"the {fields_seen(row)} suit several formats; choose dataset.format={names}")
+    if others:
         raise UnknownFormat(
-            f"messages with a boolean label, which says whether the answer is a good one; {fields_seen(row)}; choose "
-            f"dataset.format={name} to train on all of them, the bad ones too"
+            f"the {fields_seen(row)} do not suit this recipe; {others[0].advice()}; or name "
+            "the fields to train on here with dataset.columns.*"
         )
+    wanted = "; ".join(f"{each.name}: {', '.join(each.required + each.optional)}" for each in candidates)
+    raise UnknownFormat(
+        f"the {fields_seen(row)} are of no known format; name them with dataset.columns.* ({wanted})"
+        f"{_likely_columns(candidates, row)}"
+    )
 
 
-def missing_fields(columns: Mapping[str, str | None], row: Mapping[str, Any]) -> set[str]:
+def _has_required(row_format: RowFormat, mapped: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Return whether a row, with the columns that the user maps, has all that a format needs."""
+    if not set(mapped) <= {*row_format.required, *row_format.optional}:
+        return False
+    fields = _fields_of(row_format, mapped, row)
+    has_all = all(isinstance(fields[each], Pattern) or fields[each] in row for each in row_format.required)
+    return has_all and (bool(mapped) or row_format.suits(row))
+
+
+def _likely_columns(candidates: Sequence[RowFormat], row: Mapping[str, Any]) -> str:
+    """Return the keys that probably name the fields of a row, as the end of a message."""
+    for each in candidates:
+        found = {column: next((name for name in names if name in row), None) for column, names in each.likely.items()}
+        if found and all(found.values()):
+            keys = " ".join(f"dataset.columns.{column}={field}" for column, field in found.items())
+            return f"; perhaps {keys}"
+    return ""
+
+
+def _fields_of(row_format: RowFormat, mapped: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, str | Pattern]:
+    """Return the field of every column: the user's, or that of the first alias that the row has, or the usual one."""
+    fields = {column: column for column in row_format.required + row_format.optional} | dict(mapped)
+    for alias in row_format.aliases:
+        is_usual = all(fields[column] in row for column in alias if column not in mapped)
+        read = {column: read_pattern(field) if "{" in field else field for column, field in alias.items()}
+        if not is_usual and all(_is_there(field, row) for column, field in read.items() if column not in mapped):
+            return fields | read | dict(mapped)
+    return fields
+
+
+def _is_there(field: str | Pattern, row: Mapping[str, Any]) -> bool:
+    return all(each in row for each in field.fields) if isinstance(field, Pattern) else field in row
+
+
+def _held_later(rows: Iterator[ReadRow], missing: Collection[str]) -> dict[str, None]:
+    """Return those of the missing fields that one of the next rows has."""
+    found: set[str] = set()
+    for _, fields in islice(rows, _NUM_FIRST_ROWS if missing else 0):
+        found |= {field for field in missing if not isinstance(fields, BadRow) and field in fields}
+        if len(found) == len(missing):
+            break
+    return dict.fromkeys(found)
+
+
+def _missing_fields(columns: Mapping[str, str | None], row: Mapping[str, Any]) -> set[str]:
     """Return the fields that ``columns`` refers to and a row does not have."""
     named = {column: field for column, field in columns.items() if field is not None}
     return {each for column, field in named.items() for each in _pattern(column, field, row).fields if each not in row}
@@ -170,141 +226,3 @@ def _pattern(column: str, field: str, row: Mapping[str, Any]) -> Pattern:
         return read_pattern(field)
     except ValueError as error:
         raise UnknownFormat(f"dataset.columns.{column}={field} is no pattern: {error}") from None
-
-
-def _detected(candidates: tuple[str, ...], mapped: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    fits = [each for each in candidates if _has_sign(each, mapped, row)]
-    if len(fits) == 1:
-        return fits[0]
-    if fits:
-        raise UnknownFormat(f"the {fields_seen(row)} suit several formats; choose dataset.format={' or '.join(fits)}")
-    others = [each for each in _REQUIRED if each not in candidates and _has_sign(each, mapped, row)]
-    if others:
-        raise UnknownFormat(
-            f"the {fields_seen(row)} do not suit this recipe; {_recipe_for(others[0])}; or name "
-            "the fields to train on here with dataset.columns.*"
-        )
-    wanted = "; ".join(f"{each}: {', '.join(_columns_of(each))}" for each in candidates)
-    raise UnknownFormat(
-        f"the {fields_seen(row)} are of no known format; name them with dataset.columns.* ({wanted})"
-        f"{_likely_columns(candidates, row)}"
-    )
-
-
-def _likely_columns(candidates: tuple[str, ...], row: Mapping[str, Any]) -> str:
-    """Return the keys that probably name the fields of a row, as the end of a message."""
-    for name, columns in _LIKELY.items():
-        found = {column: next((field for field in fields if field in row), None) for column, fields in columns.items()}
-        if name in candidates and all(found.values()):
-            keys = " ".join(f"dataset.columns.{column}={field}" for column, field in found.items())
-            return f"; perhaps {keys}"
-    return ""
-
-
-def _has_sign(name: str, mapped: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
-    """Return whether a row, with the columns that the user maps, has all that a format needs."""
-    if not set(mapped) <= set(_columns_of(name)):
-        return False
-    if name == "text" and not mapped:
-        return "text" in row and set(row) <= {"text"} | _PROVENANCE
-    fields = _fields_of(name, mapped, row)
-    return all(isinstance(fields[each], Pattern) or fields[each] in row for each in _REQUIRED[name])
-
-
-def _columns_of(name: str) -> tuple[str, ...]:
-    return _REQUIRED[name] + _OPTIONAL.get(name, ())
-
-
-def _fields_of(name: str, mapped: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, str | Pattern]:
-    fields = {column: column for column in _columns_of(name)} | dict(mapped)
-    for alias in _ALIASES.get(name, ()):
-        is_usual = all(fields[column] in row for column in alias if column not in mapped)
-        read = {column: read_pattern(field) if "{" in field else field for column, field in alias.items()}
-        if not is_usual and all(_is_there(field, row) for column, field in read.items() if column not in mapped):
-            return fields | read | dict(mapped)
-    return fields
-
-
-def _is_there(field: str | Pattern, row: Mapping[str, Any]) -> bool:
-    if isinstance(field, Pattern):
-        return all(reference is None or reference.field in row for _, reference in field.parts)
-    return field in row
-
-
-def _read_prompt_completion(fields: RowFormat, row: Mapping[str, Any]) -> PromptCompletion:
-    kind = row.get("kind")
-    completion = fields.text(row, "completion", may_be_empty=False)
-    prompt = fields.text(row, "prompt")
-    before = [_beside_prompt(fields, row, column) for column in ("system", "input")]
-    prompt = "\n\n".join([*(text for text in before if text and text.strip() not in prompt), prompt])
-    return PromptCompletion(prompt, completion, kind if isinstance(kind, str) else None)
-
-
-def _beside_prompt(fields: RowFormat, row: Mapping[str, Any], column: str) -> str:
-    """Return what stands beside a prompt and belongs to it; where the user names the prompt, what he names alone."""
-    if fields.is_mapped(column):
-        return fields.text(row, column) if fields.has(row, column) else ""
-    return fields.text(row, column) if not fields.is_mapped("prompt") and fields.has_text(row, column) else ""
-
-
-def _read_alpaca(fields: RowFormat, row: Mapping[str, Any]) -> Messages:
-    if row.get("history"):
-        raise BadRow('the field "history" is not supported; give the turns before as messages')
-    instruction = fields.text(row, "instruction", may_be_empty=False)
-    extra = fields.text(row, "input") if fields.has(row, "input") else ""
-    question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    answer = fields.text(row, "output", may_be_empty=False)
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return Messages(with_system(turns, None, _system(fields, row))[0])
-
-
-def _read_messages(fields: RowFormat, row: Mapping[str, Any]) -> Messages:
-    column = _REQUIRED[fields.name][0]
-    turns, weights = read_turns(fields.value(row, column), fields.title(column))
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise BadRow("no message of the assistant: there is nothing to train on")
-    turns, weights = with_system(turns, weights, _system(fields, row))
-    return Messages(turns, read_tools(fields.value(row, "tools") if fields.has(row, "tools") else None), weights)
-
-
-def _read_text(fields: RowFormat, row: Mapping[str, Any]) -> PlainText:
-    return PlainText(fields.text(row, "text", may_be_empty=False))
-
-
-def _read_text_label(fields: RowFormat, row: Mapping[str, Any]) -> TextLabel:
-    label = _label(fields.value(row, "label"), f'the field "{fields.title("label")}"')
-    return TextLabel(fields.text(row, "text", may_be_empty=False), require_text(label, fields.title("label")))
-
-
-def _label(label: Any, what: str) -> str:
-    """Return the name of a class: text as it is, true and false in lower case, a whole number without a fraction."""
-    if isinstance(label, list):
-        raise BadRow(
-            f"{what} is a list of labels; a classifier learns one label a row, several (multi-label) are not read"
-        )
-    if label is None or label == "" or label != label:
-        raise BadRow(f"{what} is empty: the row has no label; leave such rows out")
-    if isinstance(label, bool):
-        return str(label).lower()
-    if isinstance(label, float):
-        if not label.is_integer():
-            raise BadRow(f"{what} is {label:g}: a score is not a class; give each class a whole number or a name")
-        return str(int(label))
-    if not isinstance(label, int | str):
-        raise BadRow(f"{what} must be a whole number, true or false, or a name")
-    return str(label)
-
-
-def _system(fields: RowFormat, row: Mapping[str, Any]) -> str:
-    return fields.text(row, "system") if fields.has(row, "system") else ""
-
-
-_READERS: dict[str, Callable[[RowFormat, Mapping[str, Any]], Shape]] = {
-    "prompt_completion": _read_prompt_completion,
-    "alpaca": _read_alpaca,
-    "messages": _read_messages,
-    "sharegpt": _read_messages,
-    "text": _read_text,
-    "text_label": _read_text_label,
-    "preference": read_preference,
-}

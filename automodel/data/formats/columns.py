@@ -1,111 +1,138 @@
-"""Take a column of a format from a row: by a field's name, or by a pattern over several, possibly nested, fields."""
+"""Find the columns of a format in the rows of a file, and note which of their fields nothing reads."""
 
 from __future__ import annotations
 
-import difflib
-import re
-import string
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
-from automodel.data.rows import BadRow
+from automodel.data.formats.patterns import Pattern, fields_seen, nearest
+from automodel.data.formats.turns import without_nulls
+from automodel.data.rows import BadRow, require_text
 
-# A field and the keys or indices within it, as in {answers[text][0]}. No attribute can be reached.
-_REFERENCE = re.compile(r"(?P<field>[^\[\].!:{}]+)(?P<keys>(\[[^\[\]{}]+\])*)")
-_KEY = re.compile(r"\[([^\[\]]+)\]")
-
-
-class _Reference(NamedTuple):
-    field: str
-    keys: tuple[str, ...]
+# Other names of optional columns, tried in each row that does not hold the usual one.
+_SYNONYMS = {"tools": "functions", "input": "context"}
 
 
-class Pattern(NamedTuple):
-    """Text with references to fields in it; one reference alone stands for its value, whatever its type."""
+class NotedRow(Mapping[str, Any]):
+    """A row that notes which of its fields are read."""
 
-    text: str
-    parts: tuple[tuple[str, _Reference | None], ...]
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        self.row = row
+        self.read: set[str] = set()
 
-    def fill(self, row: Mapping[str, Any]) -> Any:
-        """Return the pattern's value for a row.
-
-        Raises:
-            BadRow: a field or a key is missing, or a value within a text is not text or a number.
-        """
-        if len(self.parts) == 1 and self.parts[0][0] == "" and self.parts[0][1] is not None:
-            return self._look_up(self.parts[0][1], row)
-        return "".join(
-            literal + ("" if reference is None else self._text(reference, row)) for literal, reference in self.parts
-        )
-
-    @property
-    def fields(self) -> list[str]:
-        """The fields that the pattern refers to."""
-        return [reference.field for _, reference in self.parts if reference is not None]
-
-    def _text(self, reference: _Reference, row: Mapping[str, Any]) -> str:
-        value = self._look_up(reference, row)
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise BadRow(f'"{_spelt(reference)}" in the pattern "{self.text}" must be text or a number')
-        return str(value)
-
-    def _look_up(self, reference: _Reference, row: Mapping[str, Any]) -> Any:
-        if reference.field not in row:
-            raise BadRow(f'no field "{reference.field}" for the pattern "{self.text}"; {fields_seen(row)}')
-        value = row[reference.field]
-        for depth, key in enumerate(reference.keys):
-            try:
-                value = value[int(key)] if isinstance(value, list) else _member(value, key)
-            except (KeyError, IndexError, ValueError):
-                within = _spelt(_Reference(reference.field, reference.keys[:depth]))
-                raise BadRow(f'no "{key}" in "{within}" for the pattern "{self.text}"') from None
+    def __getitem__(self, field: str) -> Any:
+        value = self.row[field]
+        self.read.add(field)
         return value
 
+    def __contains__(self, field: object) -> bool:
+        return field in self.row
 
-def read_pattern(text: str) -> Pattern:
-    r"""Read a pattern in the style of str.format; ``\n`` and ``\t`` may be spelt out, as on a command line.
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.row)
 
-    Raises:
-        ValueError: it is not one; the message says why.
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+class Columns:
+    """The columns of a format in the rows of one file.
+
+    Args:
+        fields: for each column the field that holds it, or a pattern over several.
+        mapped: the columns whose fields the user named; the others may have another name in some rows.
     """
-    parts: list[tuple[str, _Reference | None]] = []
-    try:
-        pieces = list(string.Formatter().parse(text.replace("\\n", "\n").replace("\\t", "\t")))
-    except ValueError as error:
-        raise ValueError(f"{error}; double a brace that is meant as such") from None
-    for literal, reference, spec, conversion in pieces:
-        if reference is None:
-            parts.append((literal, None))
-            continue
-        found = _REFERENCE.fullmatch(reference)
-        if found is None or spec or conversion:
-            what = reference + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-            raise ValueError(f"{{{what}}} must be a field's name, with keys in brackets where it is nested")
-        parts.append((literal, _Reference(found["field"], tuple(_KEY.findall(found["keys"])))))
-    return Pattern(text, tuple(parts))
+
+    def __init__(self, fields: Mapping[str, str | Pattern], *, mapped: Collection[str] = ()) -> None:
+        self._fields = fields
+        self._mapped = frozenset(mapped)
+
+    def has(self, row: Mapping[str, Any], column: str) -> bool:
+        """Return whether the row holds something in an optional column."""
+        field = self._field(row, column)
+        if isinstance(field, Pattern):
+            return all(each in row for each in field.fields)
+        return not is_blank(_peek(row, field))
+
+    def has_text(self, row: Mapping[str, Any], column: str) -> bool:
+        """Return whether the row holds text in an optional column; this does not count as reading it."""
+        field = self._field(row, column)
+        return self.has(row, column) and (isinstance(field, Pattern) or isinstance(_peek(row, field), str))
+
+    def is_mapped(self, column: str) -> bool:
+        """Return whether the user named the field of a column."""
+        return column in self._mapped
+
+    def number(self, row: Mapping[str, Any], column: str) -> float:
+        """Return the number in a column, which may be spelled out as text.
+
+        Raises:
+            BadRow: it is missing, or no finite number.
+        """
+        value = self.value(row, column)
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise BadRow(f'the field "{self.title(column)}" must be a number, not {value!r}')
+        return number
+
+    def optional_text(self, row: Mapping[str, Any], column: str) -> str:
+        """Return the text of an optional column, empty where the row holds nothing in it.
+
+        Raises:
+            BadRow: what it holds is not text.
+        """
+        return self.text(row, column) if self.has(row, column) else ""
+
+    def _field(self, row: Mapping[str, Any], column: str) -> str | Pattern:
+        field, other = self._fields.get(column, column), _SYNONYMS.get(column)
+        if other is None or column in self._mapped or not is_blank(_peek(row, field)) or is_blank(_peek(row, other)):
+            return field
+        return other
+
+    def title(self, column: str) -> str:
+        """Return what the user calls a column: its field, or the pattern for it."""
+        field = self._fields.get(column, column)
+        return field.text if isinstance(field, Pattern) else field
+
+    def value(self, row: Mapping[str, Any], column: str) -> Any:
+        """Return what a column holds, of any type.
+
+        Raises:
+            BadRow: the field, or a key of a pattern, is missing.
+        """
+        field = self._field(row, column)
+        if isinstance(field, Pattern):
+            return field.fill(row)
+        if field not in row:
+            raise BadRow(f'no field "{field}"; {fields_seen(row)}{nearest(field, row)}')
+        return row[field]
+
+    def text(self, row: Mapping[str, Any], column: str, *, may_be_empty: bool = True) -> str:
+        """Return the text of a column.
+
+        Raises:
+            BadRow: it is missing, not text, or empty where it must not be.
+        """
+        value = self.value(row, column)
+        if isinstance(self._fields.get(column), Pattern) and isinstance(value, int | float):
+            value = value if isinstance(value, bool) else str(value)
+        text = require_text(value, self.title(column))
+        if not may_be_empty and not text.strip():
+            raise BadRow(f'the field "{self.title(column)}" is empty')
+        return text
 
 
-def whole_field(name: str) -> Pattern:
-    """Return the pattern that is the value of one field, whatever its name."""
-    return Pattern(name, (("", _Reference(name, ())),))
+def _peek(row: Mapping[str, Any], field: str) -> Any:
+    """Return what a field holds without counting it as read."""
+    return (row.row if isinstance(row, NotedRow) else row).get(field)
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return a question that proposes the nearest of ``names``, or nothing."""
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f'; did you mean "{close[0]}"?' if close else ""
-
-
-def fields_seen(row: Mapping[str, Any]) -> str:
-    """Return the words that name a row's fields."""
-    return f"fields: {', '.join(row) or 'none'}"
-
-
-def _member(value: Any, key: str) -> Any:
-    if not isinstance(value, dict):
-        raise KeyError(key)
-    return value[key]
-
-
-def _spelt(reference: _Reference) -> str:
-    return reference.field + "".join(f"[{key}]" for key in reference.keys)
+def is_blank(value: Any) -> bool:
+    """Return whether a field's value holds nothing: null, blank text, or an empty list or object, also of nulls."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or value != value or (isinstance(value, list | dict) and not without_nulls(value))

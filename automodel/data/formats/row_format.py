@@ -1,142 +1,85 @@
-"""Read the columns of a format from a row, and know which of its fields nothing has read."""
+"""A row format: which columns a row must have, how a file of such rows is recognised, and what is read from a row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from automodel.data.formats.columns import Pattern, fields_seen, nearest
-from automodel.data.formats.turns import without_nulls
-from automodel.data.rows import BadRow, require_text
-
-# Other names of what may be left out, tried in each row that does not hold the usual one.
-_SYNONYMS = {"tools": "functions", "input": "context"}
+from automodel.data.formats.columns import Columns, NotedRow, is_blank
 
 
-class _Reading(Mapping[str, Any]):
-    """A row that notes which of its fields are read."""
+class RowFormat(Protocol):
+    """What a format of rows says of itself.
 
-    def __init__(self, row: Mapping[str, Any]) -> None:
-        self.row = row
-        self.read: set[str] = set()
+    A format of your own inherits from it; ``dataset.format=my_module.MyFormat`` uses it. It needs ``required``,
+    ``sample`` and ``read``. It is made without arguments, in every process that prepares rows.
 
-    def __getitem__(self, field: str) -> Any:
-        value = self.row[field]
-        self.read.add(field)
-        return value
-
-    def __contains__(self, field: object) -> bool:
-        return field in self.row
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.row)
-
-    def __len__(self) -> int:
-        return len(self.row)
-
-
-class RowFormat:
-    """Reads rows of one format.
-
-    Args:
-        fields: for each column of the format the field that holds it.
-        mapped: the columns whose fields the user named; others are also found by another name.
-        reader: brings a row to its shape.
+    Attributes:
+        name: what ``dataset.format`` calls a shipped format.
+        sample: the type that ``read`` returns. A task says which types it takes.
+        required: the columns that every row has; ``optional`` ones may be missing or empty.
+        aliases: other fields that hold required columns where the usual ones are missing: a name, or a pattern such as
+            ``{title}\\n{description}``.
+        likely: fields that often hold a column under a name which alone does not prove it; proposed to the user.
+        is_rendered: a chat template renders the rows.
+        is_exclusive: a row with the required columns has no other format, whatever else it holds.
+        recipe: the recipe that trains on such rows.
     """
 
-    def __init__(
-        self,
-        name: str,
-        fields: Mapping[str, str | Pattern],
-        *,
-        mapped: Collection[str],
-        reader: Callable[[RowFormat, Mapping[str, Any]], Any],
-    ) -> None:
-        self.name = name
-        self._fields = fields
-        self._mapped = frozenset(mapped)
-        self._reader = reader
+    name: str = ""
+    sample: type
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    aliases: tuple[Mapping[str, str], ...] = ()
+    likely: Mapping[str, tuple[str, ...]] = {}
+    is_rendered: bool = False
+    is_exclusive: bool = False
+    recipe: str = "llm_sft"
+
+    def read(self, columns: Columns, row: Mapping[str, Any]) -> Any:
+        """Return the sample that a row holds.
+
+        Raises:
+            BadRow: a field is missing, of the wrong type, or empty where it must not be.
+        """
+        ...
+
+    def suits(self, row: Mapping[str, Any]) -> bool:
+        """Return whether a row with the required columns may be taken for this format without being told so."""
+        return True
+
+    def doubt(self, row: Mapping[str, Any]) -> str | None:
+        """Return why the user must confirm the format of such rows, or None; asked once the format is recognised."""
+        return None
+
+    def advice(self) -> str:
+        """Return who trains on such rows, for a user whose recipe does not."""
+        return f"recipe={self.recipe} trains on rows of this format ({self.name})"
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Reads the rows of one file.
+
+    Attributes:
+        name: of the format, as ``dataset.format`` calls it.
+    """
+
+    name: str
+    format: RowFormat
+    columns: Columns
 
     def read(self, row: Mapping[str, Any]) -> Any:
-        """Bring a row to its shape.
-
-        Raises:
-            BadRow: a field is missing, of the wrong type, or an answer is empty.
-        """
-        return self._reader(self, row)
+        """Return the sample that a row holds; raises BadRow as the format does."""
+        return self.format.read(self.columns, row)
 
     def read_with_rest(self, row: Mapping[str, Any]) -> tuple[Any, list[str]]:
-        """Bring a row to its shape, and name the fields that hold something and were not read for it.
+        """Return the sample, and the names of the fields that hold something and were not read for it.
 
         Raises:
-            BadRow: as ``read``.
+            BadRow: as the format does.
         """
-        reading = _Reading(row)
-        shape = self.read(reading)
-        return shape, [field for field, value in row.items() if field not in reading.read and not is_blank(value)]
-
-    def has(self, row: Mapping[str, Any], column: str) -> bool:
-        """Return whether the row holds something in a column that may be left out."""
-        field = self._field(row, column)
-        if isinstance(field, Pattern):
-            return all(each in row for each in field.fields)
-        return not is_blank(_peek(row, field))
-
-    def has_text(self, row: Mapping[str, Any], column: str) -> bool:
-        """Return whether the row holds text in a column that may be left out, which is not read by that."""
-        field = self._field(row, column)
-        return self.has(row, column) and (isinstance(field, Pattern) or isinstance(_peek(row, field), str))
-
-    def is_mapped(self, column: str) -> bool:
-        """Return whether the user named the field of a column."""
-        return column in self._mapped
-
-    def _field(self, row: Mapping[str, Any], column: str) -> str | Pattern:
-        field, other = self._fields.get(column, column), _SYNONYMS.get(column)
-        if other is None or column in self._mapped or not is_blank(_peek(row, field)) or is_blank(_peek(row, other)):
-            return field
-        return other
-
-    def title(self, column: str) -> str:
-        """Return what the user calls a column: its field, or the pattern for it."""
-        field = self._fields.get(column, column)
-        return field.text if isinstance(field, Pattern) else field
-
-    def value(self, row: Mapping[str, Any], column: str) -> Any:
-        """Return what a column holds, of any type.
-
-        Raises:
-            BadRow: the field, or a key of a pattern, is missing.
-        """
-        field = self._field(row, column)
-        if isinstance(field, Pattern):
-            return field.fill(row)
-        if field not in row:
-            raise BadRow(f'no field "{field}"; {fields_seen(row)}{nearest(field, row)}')
-        return row[field]
-
-    def text(self, row: Mapping[str, Any], column: str, *, may_be_empty: bool = True) -> str:
-        """Return the text of a column.
-
-        Raises:
-            BadRow: it is missing, not text, or empty where it must not be.
-        """
-        value = self.value(row, column)
-        if isinstance(self._fields.get(column), Pattern) and isinstance(value, int | float):
-            value = value if isinstance(value, bool) else str(value)
-        text = require_text(value, self.title(column))
-        if not may_be_empty and not text.strip():
-            raise BadRow(f'the field "{self.title(column)}" is empty')
-        return text
-
-
-def _peek(row: Mapping[str, Any], field: str) -> Any:
-    """Return what a field holds without counting it as read."""
-    return (row.row if isinstance(row, _Reading) else row).get(field)
-
-
-def is_blank(value: Any) -> bool:
-    """Return whether a field's value holds nothing: null, blank text, or an empty list or object, also of nulls."""
-    if isinstance(value, str):
-        return not value.strip()
-    return value is None or value != value or (isinstance(value, list | dict) and not without_nulls(value))
+        noted = NotedRow(row)
+        sample = self.read(noted)
+        return sample, [field for field, value in row.items() if field not in noted.read and not is_blank(value)]

@@ -7,9 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from automodel.data.formats.samples import Turn
 from automodel.data.rows import BadRow, require_text
-
-Turn = dict[str, Any]
 
 _ROLES = {
     "system": "system",

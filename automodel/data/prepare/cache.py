@@ -27,7 +27,12 @@ def cache_root() -> Path:
 
 def hash_of(facts: Mapping[str, Any]) -> str:
     """Return a name for ``facts``, the same in every process."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return hashlib.sha256(canonical(facts)).hexdigest()[:32]
+
+
+def canonical(value: Any) -> bytes:
+    """Return ``value`` as JSON that is the same for equal values; what JSON cannot hold, such as a date, as text."""
+    return json.dumps(value, sort_keys=True, default=str).encode()
 
 
 def build_once(facts: Mapping[str, Any], build: Callable[[Path], None]) -> Path:

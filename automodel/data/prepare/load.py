@@ -10,19 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from automodel.data.chat.stops import Stops
-from automodel.data.formats.choose import RowFormat
+from automodel.data.chat.templates import set_chat_template
+from automodel.data.formats.choose import choose_for_file
+from automodel.data.formats.row_format import RowReader
 from automodel.data.prepare.cache import build_once
+from automodel.data.prepare.cache_key import rows_key
+from automodel.data.prepare.options import PrepareOptions
+from automodel.data.prepare.prepare_row import RowPreparer
 from automodel.data.prepare.prepared import PreparedRows, Prompts, Proof, RowCounts, RowStats
-from automodel.data.prepare.preparers import PrepareOptions, RowPreparer, choose_first, set_template
 from automodel.data.prepare.proof import PROVED_ROWS, prove
-from automodel.data.prepare.unused import tell_unused
-from automodel.data.prepare.writer import Builder, Source, facts_of
-from automodel.data.rows import BadRow
+from automodel.data.prepare.unused import report_unused
+from automodel.data.prepare.writer import RowWriter
+from automodel.data.rows import BadRow, ReadRow
 from automodel.logs import get_logger, warn_for_all
 from automodel.types import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from transformers import PreTrainedTokenizerBase
+
+    from automodel.data.sources import Source
 
 log = get_logger(__name__)
 
@@ -49,21 +57,18 @@ def load_rows(
     task.require_tokenizer(tokenizer)
     keeps_prompts = keeps_prompts and task.is_generative
     name, options = source.display_name, source.options(model_max_length)
-
-    def prepare(row_format: RowFormat) -> RowPreparer:
-        set_template(tokenizer, row_format.name, options)
-        return RowPreparer(tokenizer, row_format, options, task, keeps_prompts)
-
-    facts = facts_of(source, tokenizer, options) | {"for": task.identity(), "prompts": keeps_prompts}
+    reader = choose_for_file(source.rows(samples=task.samples), options.format, options.columns, samples=task.samples)
+    key = rows_key(source, tokenizer, options, task=task, reader=reader, keeps_prompts=keeps_prompts)
+    preparer = None if reader is None else row_preparer(tokenizer, reader, options, task, keeps_prompts=keeps_prompts)
     columns = task.columns(keeps_prompts=keeps_prompts)
     folder = build_once(
-        facts, lambda folder: Builder(source, options, folder, columns).build(prepare, candidates=task.formats)
+        key,
+        lambda folder: RowWriter(source, options, folder, samples=task.samples, columns=columns).write(preparer),
     )
     meta, counts, stats = _read_meta(folder)
-    set_template(tokenizer, meta["format"], options)
     _require_rows(name, options, counts, num_examples=len(stats.lengths))
     _log_counts(name, options, counts)
-    proof = _prove(source, tokenizer, options, task)
+    proof = _prove(source.rows(samples=task.samples), tokenizer, options, reader)
     if proof.num_rows and not proof.differences:
         log.info("%s: the tokens of the first %d rows agree with their texts", name, proof.num_rows)
     table = _open(folder)
@@ -75,7 +80,8 @@ def load_rows(
         fingerprint=meta["fingerprint"],
         counts=counts,
         stats=stats,
-        format_name=meta["format"],
+        format_name=reader.name,
+        is_conversation=reader.format.is_rendered,
         prompts=prompts,
         stops=Stops(**{kind: frozenset(ends) for kind, ends in meta["stops"].items()}),
         proof=proof,
@@ -84,16 +90,30 @@ def load_rows(
     )
 
 
-def _prove(source: Source, tokenizer: PreTrainedTokenizerBase, options: PrepareOptions, task: Any) -> Proof:
+def row_preparer(
+    tokenizer: PreTrainedTokenizerBase,
+    reader: RowReader,
+    options: PrepareOptions,
+    task: Any,
+    *,
+    keeps_prompts: bool = False,
+) -> RowPreparer:
+    """Return what prepares each row, once the tokenizer has the chat template that renders such rows, if any."""
+    if reader.format.is_rendered:
+        set_chat_template(tokenizer, options.chat_template, options.chat_template_kwargs)
+    return RowPreparer(tokenizer, reader, options, task, keeps_prompts)
+
+
+def _prove(
+    rows: Iterable[ReadRow], tokenizer: PreTrainedTokenizerBase, options: PrepareOptions, reader: RowReader
+) -> Proof:
     """Compare the first rows, read again, with their texts: also where they come from the cache."""
-    row_format = choose_first(source.rows(candidates=task.formats), options, candidates=task.formats)
 
     def samples() -> Iterator[tuple[str, Any]]:
-        num_rows = min(PROVED_ROWS, options.limit or PROVED_ROWS)
-        for place, fields in islice(source.rows(candidates=task.formats), num_rows):
+        for place, fields in islice(rows, min(PROVED_ROWS, options.limit or PROVED_ROWS)):
             if not isinstance(fields, BadRow):
                 with suppress(BadRow):
-                    yield place, row_format.read(fields)
+                    yield place, reader.read(fields)
 
     return prove(tokenizer, samples(), supervise=options.supervise)
 
@@ -134,4 +154,4 @@ def _log_counts(name: str, options: PrepareOptions, counts: RowCounts) -> None:
     )  # fmt: skip
     for note, num_rows in counts.notes.items():
         warn_for_all(log, "%s: %d of %d rows: %s", name, num_rows, counts.num_rows_read, note)
-    tell_unused(name, counts)
+    report_unused(name, counts)

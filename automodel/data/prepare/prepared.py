@@ -117,6 +117,7 @@ class PreparedRows:
         table: what the task keeps of every row, as a map-style table of its columns.
         prompts: a generation prompt for each row, in the rows' order; empty unless they were asked for.
         format_name: the format that the rows were recognised as.
+        is_conversation: whether a chat template rendered the rows.
         stops: the ends of answers that are supervised.
         proof: the result of comparing the first rows' tokens with their texts.
         has_weights: whether a row has loss weights.
@@ -130,6 +131,7 @@ class PreparedRows:
     counts: RowCounts
     stats: RowStats
     format_name: str = ""
+    is_conversation: bool = False
     prompts: Sequence[Prompt] = ()
     stops: Stops = NO_STOPS
     proof: Proof = NO_PROOF
@@ -140,13 +142,3 @@ class PreparedRows:
     def examples(self) -> Any:
         """Map-style rows for the task's collator."""
         return self.task.examples(self)
-
-    @property
-    def is_conversation(self) -> bool:
-        """Whether a chat template rendered the rows."""
-        return renders_with_template(self.format_name)
-
-
-def renders_with_template(format_name: str) -> bool:
-    """Return whether rows of a format are rendered by a chat template."""
-    return format_name in ("alpaca", "messages", "sharegpt")

@@ -7,9 +7,10 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from automodel.data.chat.encode import Tokens, leading_ids
-from automodel.data.formats.choose import Messages, PromptCompletion
+from automodel.data.formats.samples import Messages, PromptCompletion
+from automodel.data.prepare.options import Supervise
 from automodel.data.prepare.prepared import Proof
-from automodel.data.prepare.tokenize import Supervise, tokenize_sample
+from automodel.data.prepare.tokenize import tokenize_sample
 from automodel.data.rows import BadRow
 
 if TYPE_CHECKING:

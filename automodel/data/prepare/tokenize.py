@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from automodel.data.chat.conversation import JOINED, tokenize_messages
 from automodel.data.chat.encode import Tokens, encode, leading_ids, require_eos, tokenize_text
-from automodel.data.formats.choose import Messages, PlainText, PromptCompletion
+from automodel.data.formats.samples import Messages, PlainText, PromptCompletion
+from automodel.data.prepare.options import Supervise, Truncation
 from automodel.data.rows import BadRow
 from automodel.types import IGNORE_INDEX
 
@@ -17,9 +18,6 @@ UNSEPARATED = (
     "no white space is between prompt and completion, and none is added; where there should be some, "
     "dataset.columns.prompt='\"{NAME_OF_FIELD}\\n\"' adds a newline"
 )
-
-Truncation = Literal["right", "left", "drop", "error"]
-Supervise = Literal["all", "last"]
 
 
 def tokenize_sample(

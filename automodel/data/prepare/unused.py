@@ -8,11 +8,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from automodel.data.chat.markers import THOUGHT_KEYS
-from automodel.data.formats.row_format import is_blank
+from automodel.data.formats.columns import is_blank
 from automodel.logs import get_logger, warn_for_all
 
 if TYPE_CHECKING:
-    from automodel.data.formats.turns import Turn
+    from automodel.data.formats.samples import Turn
     from automodel.data.prepare.prepared import RowCounts
 
 log = get_logger(__name__)
@@ -50,15 +50,15 @@ def media_fields(names: Iterable[str]) -> list[str]:
     return [name for name in names if _MEDIA.fullmatch(name) and not _NUMBERS.search(name)]
 
 
-def tell_unused(name: str, counts: RowCounts) -> None:
+def report_unused(name: str, counts: RowCounts) -> None:
     """Say once which fields of the rows are not used: a warning where one may hold what should be learnt."""
     unused = dict(sorted(counts.unused.items(), key=lambda item: -item[1]))
     if not unused:
         return
-    is_calm = all(_ABOUT_ROWS.fullmatch(field) for field in unused)
-    hint = "" if is_calm else "; dataset.columns.* names the fields that are trained on"
+    is_harmless = all(_ABOUT_ROWS.fullmatch(field) for field in unused)
+    hint = "" if is_harmless else "; dataset.columns.* names the fields that are trained on"
     line = f"{name}: fields not used: {listed(unused, counts.num_rows_read)}{hint}"
-    log.info("%s", line) if is_calm else warn_for_all(log, "%s", line)
+    log.info("%s", line) if is_harmless else warn_for_all(log, "%s", line)
 
 
 def listed(unused: Mapping[str, int], num_rows: int) -> str:

@@ -8,24 +8,24 @@ import json
 import multiprocessing
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from automodel.data.chat.stops import Stops
-from automodel.data.formats.choose import RowFormat
+from automodel.data.prepare.bad_rows import BadRows
+from automodel.data.prepare.cache import canonical
+from automodel.data.prepare.options import PrepareOptions
+from automodel.data.prepare.prepare_row import Prepared
 from automodel.data.prepare.prepared import RowCounts
-from automodel.data.prepare.preparers import BadRows, Prepared, PrepareOptions, ReadRow, choose_first
-from automodel.data.rows import BadRow
+from automodel.data.rows import BadRow, ReadRow
 from automodel.screen import progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from automodel.data.sources import Source
 
-_PREPARED_AS = 3
-"""Raised when what is written to the cache changes, so that older folders are not taken for it."""
 _CHUNK = 256
 """Rows that a process prepares at a time."""
 _CHUNKS_AHEAD = 4
@@ -34,68 +34,60 @@ _WORTH_PROCESSES = 64 * 2**20
 """Bytes of input from which several processes are quicker than the start of them is slow."""
 
 
-class Source(Protocol):
-    """What a section of the ``dataset`` group builds."""
+class RowWriter:
+    """Writes the prepared rows of a source into a folder.
 
-    @property
-    def display_name(self) -> str:
-        """What the rows are called in messages."""
+    Args:
+        samples: the types of sample that are wanted, for a source that can give several.
+        columns: of a prepared row, each with its kind: ``ids``, ``weights``, ``text``, ``int`` or ``float``.
+    """
 
-    def rows(self, *, candidates: Sequence[str] = ()) -> Iterable[ReadRow]:
-        """Yield every row with its place, and a damaged one with its error.
-
-        Args:
-            candidates: the formats that are wanted, for a source that can give several.
-        """
-
-    def identity(self) -> Any:
-        """Return what tells these rows from others without reading them all, for JSON."""
-
-    def num_bytes(self) -> int | None:
-        """Return the size of the input, or None where it is not known."""
-
-    def options(self, model_max_length: int | None) -> PrepareOptions:
-        """Return what decides how a row is prepared, for a model that takes so many tokens."""
-
-
-class Builder:
-    """Writes the prepared rows of a source into a folder."""
-
-    def __init__(self, source: Source, options: PrepareOptions, folder: Path, columns: Mapping[str, str]) -> None:
-        self.source, self.options, self.folder, self.columns = source, options, folder, columns
+    def __init__(
+        self,
+        source: Source,
+        options: PrepareOptions,
+        folder: Path,
+        *,
+        samples: Collection[type],
+        columns: Mapping[str, str],
+    ) -> None:
+        self.source, self.options, self.folder, self.samples, self.columns = source, options, folder, samples, columns
         self.counts = RowCounts()
         self.bad_rows = BadRows(options.on_bad_row, self.counts)
         self.stops = Stops()
-        self.hash = hashlib.sha256(_canonical(deciding(options)))
+        self.hash = hashlib.sha256(canonical(options.deciding_tokens()))
 
-    def build(self, prepare: Callable[[RowFormat], Any], *, candidates: Sequence[str]) -> None:
-        """Prepare every row; raises UserError for damaged ones."""
+    def write(self, preparer: Callable[[Mapping[str, Any]], Prepared] | None) -> None:
+        """Prepare and write every row.
+
+        Args:
+            preparer: None where every row is damaged.
+
+        Raises:
+            UserError: rows are damaged, and ``on_bad_row`` is ``stop``.
+        """
         from datasets.arrow_writer import ArrowWriter
 
-        row_format = choose_first(self.source.rows(candidates=candidates), self.options, candidates=candidates)
         stats = {"lengths": array("i"), "num_supervised": array("i"), "has_end": array("b"), "hashes": array("q")}
         has_weights = False
-        if row_format is not None:
-            preparer = prepare(row_format)
-            with (
-                closing(ArrowWriter(path=str(self.folder / "rows.arrow"), features=self._features())) as writer,
-                progress(self.options.limit, description=f"preparing {self.source.display_name}") as bar,
-            ):
-                for number, (place, prepared) in enumerate(self._prepared(preparer, candidates), start=1):
-                    record = self._counted(place, prepared)
-                    if record is None:
-                        continue
-                    has_weights |= bool(record.get("loss_weights"))
-                    stats["lengths"].append(len(record["input_ids"]))
-                    for key, column in (("num_supervised",) * 2, ("has_end",) * 2, ("hashes", "hash")):
-                        stats[key].append(record[column])
-                    writer.write({name: record[name] for name in self.columns})
-                    bar.update(number, "")
-                writer.finalize()
+        with (
+            closing(ArrowWriter(path=str(self.folder / "rows.arrow"), features=self._features())) as writer,
+            progress(self.options.limit, description=f"preparing {self.source.display_name}") as bar,
+        ):
+            for num_rows, (place, prepared) in enumerate(self._prepared(preparer), start=1):
+                record = self._counted(place, prepared)
+                if record is None:
+                    continue
+                has_weights |= bool(record.get("loss_weights"))
+                stats["lengths"].append(len(record["input_ids"]))
+                for key, column in (("num_supervised",) * 2, ("has_end",) * 2, ("hashes", "hash")):
+                    stats[key].append(record[column])
+                writer.write({name: record[name] for name in self.columns})
+                bar.update(num_rows, "")
+            writer.finalize()
         self.bad_rows.settle(self.source.display_name)
         self._write_stats(stats)
         meta = {
-            "format": row_format.name if row_format is not None else "",
             "fingerprint": self.hash.hexdigest()[:16],
             "has_weights": has_weights,
             "stops": {"ids": sorted(self.stops.ids), "texts": sorted(self.stops.texts)},
@@ -103,8 +95,8 @@ class Builder:
         }
         (self.folder / "meta.json").write_text(json.dumps(meta))
 
-    def _prepared(self, preparer: Any, candidates: Sequence[str]) -> Iterator[tuple[str, Prepared | BadRow]]:
-        rows = islice(self.source.rows(candidates=candidates), self.options.limit)
+    def _prepared(self, preparer: Any) -> Iterator[tuple[str, Prepared | BadRow]]:
+        rows = islice(self.source.rows(samples=self.samples), self.options.limit)
         num_proc = self._num_proc()
         if num_proc == 1:
             for row in self._hashed(rows):
@@ -131,7 +123,7 @@ class Builder:
     def _hashed(self, rows: Iterable[ReadRow]) -> Iterator[ReadRow]:
         for place, fields in rows:
             if not isinstance(fields, BadRow):
-                self.hash.update(_canonical(fields))
+                self.hash.update(canonical(fields))
             yield place, fields
 
     def _counted(self, place: str, prepared: Prepared | BadRow) -> dict[str, Any] | None:
@@ -192,40 +184,3 @@ def _chunks(rows: Iterable[ReadRow], size: int) -> Iterator[list[ReadRow]]:
     rows = iter(rows)
     while chunk := list(islice(rows, size)):
         yield chunk
-
-
-def facts_of(source: Source, tokenizer: PreTrainedTokenizerBase, options: PrepareOptions) -> dict[str, Any]:
-    """Return all that decides the prepared rows."""
-    template = tokenizer.chat_template
-    if options.chat_template is not None and Path(options.chat_template).is_file():
-        template = Path(options.chat_template).read_text(encoding="utf-8", errors="replace")
-    return {
-        "prepared as": _PREPARED_AS,
-        "rows": source.identity(),
-        "options": deciding(options) | {"on_bad_row": options.on_bad_row},
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "template": template,
-    }
-
-
-def deciding(options: PrepareOptions) -> dict[str, Any]:
-    """Return the options that change what the rows become."""
-    left_out = ("num_proc", "on_bad_row", "is_model_limit")
-    return {name: value for name, value in dataclasses.asdict(options).items() if name not in left_out}
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of the vocabulary, the rules and the special tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    inner = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    facts = [
-        type(tokenizer).__name__,
-        inner,
-        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-    ]
-    return hashlib.sha256(_canonical(facts)).hexdigest()[:16]
-
-
-def _canonical(value: Any) -> bytes:
-    # A row of the hub may hold what JSON has no word for, such as a date.
-    return json.dumps(value, sort_keys=True, default=str).encode()
