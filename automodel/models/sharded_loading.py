@@ -41,8 +41,8 @@ class _MustLoadWhole(Exception):
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a weight lies."""
+class _StoredWeight:
+    """Where a weight is stored."""
 
     file: Path
     key: str
@@ -50,14 +50,14 @@ class _Place:
 
 @dataclass(frozen=True)
 class UnfilledModel:
-    """A pretrained model whose weights, on the meta device, take no memory, and where they lie.
+    """A pretrained model whose weights, on the meta device, take no memory, and where they are stored.
 
     Attributes:
         places: by the name of each weight, and of each buffer that the files hold.
     """
 
     model: PreTrainedModel
-    places: dict[str, _Place]
+    places: dict[str, _StoredWeight]
 
     def adapted(self, adapters: LoRA | None, *, task: Any) -> nn.Module:
         """Return the model with adapters, which are drawn as for a model that is loaded; its own weights stay meta."""
@@ -143,7 +143,7 @@ def _prepare(source: HFModel, tokenizer: PreTrainedTokenizerBase, *, task: Any, 
     places = _places_by_name(model, shapes)
     _require_same(source, model, shapes, places, has_new_head=task.has_new_head)
     tied = model.all_tied_weights_keys
-    of_tied: dict[str, _Place] = {}
+    of_tied: dict[str, _StoredWeight] = {}
     for name in model.state_dict().keys() & places.keys():
         if of_tied.setdefault(tied.get(name, name), places[name]) is not places[name]:
             raise _MustLoadWhole(f"the files hold a tied weight twice, one of them as {name}")
@@ -199,22 +199,24 @@ def _require_plain(model: PreTrainedModel) -> None:
         raise _MustLoadWhole(f"{name} computes buffers from its weights")
 
 
-def _shapes_in(files: list[Path]) -> dict[_Place, torch.Size]:
+def _shapes_in(files: list[Path]) -> dict[_StoredWeight, torch.Size]:
     """Return the shape of every weight in the files, by its place; only their headers are read."""
     shapes = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            shapes |= {_Place(path, key): torch.Size(file.get_slice(key).get_shape()) for key in set(file.keys())}
+            shapes |= {
+                _StoredWeight(path, key): torch.Size(file.get_slice(key).get_shape()) for key in set(file.keys())
+            }
     return shapes
 
 
-def _places_by_name(model: PreTrainedModel, shapes: dict[_Place, torch.Size]) -> dict[str, _Place]:
+def _places_by_name(model: PreTrainedModel, shapes: dict[_StoredWeight, torch.Size]) -> dict[str, _StoredWeight]:
     """Return the places by the names that the weights have in ``model``, which may add or lack the model's prefix."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import rename_source_key
 
     state, renamings = model.state_dict(), get_checkpoint_conversion_mapping("legacy")
-    places: dict[str, _Place] = {}
+    places: dict[str, _StoredWeight] = {}
     for place in shapes:
         if rename_source_key(place.key, renamings, [])[0] != place.key:
             raise _MustLoadWhole(f"transformers renames {place.key} as it loads it")
@@ -228,8 +230,8 @@ def _places_by_name(model: PreTrainedModel, shapes: dict[_Place, torch.Size]) ->
 def _require_same(
     source: HFModel,
     model: PreTrainedModel,
-    shapes: dict[_Place, torch.Size],
-    places: dict[str, _Place],
+    shapes: dict[_StoredWeight, torch.Size],
+    places: dict[str, _StoredWeight],
     *,
     has_new_head: bool,
 ) -> None:

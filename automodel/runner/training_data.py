@@ -132,31 +132,31 @@ def load_data(cfg: Config, task: Task, model: Any, tokenizer: PreTrainedTokenize
             raise UserError("dataset.streaming=true: this recipe must know all rows and their labels first")
         parts = {name: dataclasses.replace(part, limit=SAMPLE_ROWS) for name, part in parts.items()}
     rows = _load_parts(parts, tokenizer, task, limit)
-    aside = None if set_aside is None else load_rows(
-        set_aside, tokenizer, task, model_max_length=limit, keeps_prompts=True
-    )  # fmt: skip
-    task = task.fitted([*rows.values(), *([] if aside is None else [aside])], head_labels=head_labels(model))
+    held_out = _load_validation(set_aside, tokenizer, task, limit)
+    all_rows = [*rows.values(), *([] if held_out is None else [held_out])]
+    task = task.fitted(all_rows, head_labels=head_labels(model))
     rows = {name: dataclasses.replace(each, task=task) for name, each in rows.items()}
-    validation = None if aside is None else dataclasses.replace(aside, task=task)
-    if validation is None and cfg.validation_dataset is not None:
-        source_of_validation = build(cfg.validation_dataset)
-        validation = load_rows(source_of_validation, tokenizer, task, model_max_length=limit, keeps_prompts=True)
-    sets = [*rows.values(), *([] if validation is None else [validation])]
-    largest_id = len(tokenizer) - 1 if source.streaming else max(each.counts.largest_id for each in sets)
+    if held_out is not None:
+        validation = dataclasses.replace(held_out, task=task)
+    else:
+        validation = _load_validation(build(cfg.validation_dataset), tokenizer, task, limit)
+    all_rows = [*rows.values(), *([] if validation is None else [validation])]
+    largest_id = len(tokenizer) - 1 if source.streaming else max(each.counts.largest_id for each in all_rows)
     require_embeddings(model, tokenizer, largest_id=max(largest_id, pad_token_id(tokenizer)))
-    pack_length = _pack_length(cfg, limit)
-    is_stream = source.streaming
-    return TrainingData(
-        cfg=cfg,
-        task=task,
-        sources=rows,
-        validation=validation,
-        train_set=None
-        if is_stream
-        else build_train_set(rows, pack_length=pack_length, mixture=mixture, seed=cfg.rng.seed),
-        stream=_stream(cfg, source, tokenizer, task, limit, pack_length, rows) if is_stream else None,
-        pack_length=pack_length,
-    )
+    pack_length, train_set, stream = _pack_length(cfg, limit), None, None
+    if source.streaming:
+        stream = _stream(cfg, source, tokenizer, task, limit, pack_length, rows)
+    else:
+        train_set = build_train_set(rows, pack_length=pack_length, mixture=mixture, seed=cfg.rng.seed)
+    return TrainingData(cfg, task, rows, validation, train_set, stream, pack_length)
+
+
+def _load_validation(
+    source: Any, tokenizer: PreTrainedTokenizerBase, task: Task, model_max_length: int | None
+) -> PreparedRows | None:
+    if source is None:
+        return None
+    return load_rows(source, tokenizer, task, model_max_length=model_max_length, keeps_prompts=True)
 
 
 def _load_parts(

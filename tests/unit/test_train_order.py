@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from automodel.data.batches.collate import CausalLMCollator
-from automodel.data.batches.loader import Draw, TrainLoader
+from automodel.data.batches.loader import EpochRows, TrainLoader
 from automodel.data.batches.mixture import MixtureDataset
 from automodel.types import UserError
 
@@ -51,7 +51,7 @@ WAYS = {
     "grouped": {"length_grouped": True},
     "budget": {"max_tokens_per_batch": 128},
     "grouped, budget": {"length_grouped": True, "max_tokens_per_batch": 100},
-    "drawn": {"draw": Draw([100, 103], [30, 120], seed=3), "num_drawn": 150},
+    "drawn": {"draw": EpochRows([100, 103], [30, 120], seed=3), "num_drawn": 150},
 }
 
 
@@ -120,13 +120,13 @@ def test_a_row_longer_than_the_tokens_of_a_micro_batch_goes_alone():
 
 
 def test_a_source_is_gone_through_evenly_over_the_epochs():
-    draw = Draw([10, 7], [4, 9], seed=1)
+    draw = EpochRows([10, 7], [4, 9], seed=1)
     first = np.concatenate([draw(epoch)[:4] for epoch in range(5)])  # two passes of ten
     second = np.concatenate([draw(epoch)[4:] for epoch in range(7)])  # nine passes of seven
     assert np.bincount(first, minlength=10).tolist() == [2] * 10
     assert np.bincount(second - 10, minlength=7).tolist() == [9] * 7
-    assert len(draw) == 13 and draw(0).tolist() == Draw([10, 7], [4, 9], seed=1)(0).tolist()
-    assert draw(0).tolist() != Draw([10, 7], [4, 9], seed=2)(0).tolist()
+    assert len(draw) == 13 and draw(0).tolist() == EpochRows([10, 7], [4, 9], seed=1)(0).tolist()
+    assert draw(0).tolist() != EpochRows([10, 7], [4, 9], seed=2)(0).tolist()
 
 
 SIZES = {"a": 100, "b": 300}

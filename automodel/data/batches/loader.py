@@ -169,11 +169,11 @@ class TrainLoader:
 
 
 @dataclass(frozen=True)
-class Draw:
+class EpochRows:
     """Which rows of several sources, standing one after the other, each epoch takes.
 
     Every source is gone through in one endless run of shuffled passes, so that over the epochs all of its rows come
-    equally often, give or take one, whatever its share.
+    equally often, give or take one.
     """
 
     sizes: Sequence[int]
@@ -187,16 +187,14 @@ class Draw:
         """Return the row numbers of ``epoch``, source by source; int64 [len]."""
         starts = np.cumsum([0, *self.sizes[:-1]])
         parts = [
-            start + self._of_source(number, size, epoch * count, (epoch + 1) * count)
-            for number, (start, size, count) in enumerate(zip(starts, self.sizes, self.counts, strict=True))
+            start + self._of_source(index, size, epoch * count, (epoch + 1) * count)
+            for index, (start, size, count) in enumerate(zip(starts, self.sizes, self.counts, strict=True))
         ]
         return np.concatenate(parts)
 
-    def _of_source(self, number: int, size: int, begin: int, end: int) -> np.ndarray:
+    def _of_source(self, index: int, size: int, begin: int, end: int) -> np.ndarray:
         passes = range(begin // size, -(-end // size))
-        shuffled = [
-            torch.randperm(size, generator=seeded(self.seed, "source", number, each)).numpy() for each in passes
-        ]
+        shuffled = [torch.randperm(size, generator=seeded(self.seed, "source", index, each)).numpy() for each in passes]
         first = passes.start * size
         return np.concatenate(shuffled)[begin - first : end - first]
 

@@ -129,7 +129,7 @@ class PackedRows(Sequence):
         return len(self.packs)
 
     def __getitem__(self, index: int) -> Example:
-        documents = [self.examples[number] for number in self.packs[index].tolist()]
+        documents = [self.examples[i] for i in self.packs[index].tolist()]
         for document in documents:
             assert document["labels"][-1] == IGNORE_INDEX, "labels are shifted, the last one predicts nothing"
         return join_examples([document | {"position_ids": range(len(document["input_ids"]))} for document in documents])

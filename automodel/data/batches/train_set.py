@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from automodel.data.batches.loader import Draw
+from automodel.data.batches.loader import EpochRows
 from automodel.data.batches.mixture import MixtureDataset
 from automodel.data.batches.packing import PackedRows, Packs, pack
 from automodel.data.prepare.cache import build_once, hash_of
@@ -76,7 +76,7 @@ def build_train_set(
     sizes = {name: len(part) for name, part in zip(sources, parts, strict=True)}
     counts = sizes if mixture is None else mixture.num_drawn(sizes)
     is_whole = counts == sizes
-    draw = None if is_whole else Draw(list(sizes.values()), list(counts.values()), seed)
+    draw = None if is_whole else EpochRows(list(sizes.values()), list(counts.values()), seed)
     shares = [
         SourceShare(
             name=name,
@@ -125,6 +125,6 @@ class _Joined(Sequence):
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Any:
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        start = int(self._ends[number - 1]) if number else 0
-        return self._parts[number][index - start]
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        start = int(self._ends[part - 1]) if part else 0
+        return self._parts[part][index - start]

@@ -158,16 +158,16 @@ def _calls(turn: Turn) -> list[Any]:
 def _with_eos(tokenizer: PreTrainedTokenizerBase, rendering: Rendering, last: int) -> tuple[str, list[Span]]:
     """Put eos after message ``last`` where the template ends it with nothing."""
     text, spans = rendering.text, rendering.spans
-    number = max((number for number, span in enumerate(spans) if span.message == last), default=None)
-    if number is None or spans[number].end_text:
+    index = max((i for i, span in enumerate(spans) if span.message == last), default=None)
+    if index is None or spans[index].end_text:
         return text, spans
     require_eos(tokenizer)
-    eos, end = tokenizer.eos_token, spans[number].end
+    eos, end = tokenizer.eos_token, spans[index].end
     spans = [
         span._replace(start=span.start + len(eos), end=span.end + len(eos)) if span.start >= end else span
         for span in spans
     ]
-    spans[number] = spans[number]._replace(end=end + len(eos), end_text=eos)
+    spans[index] = spans[index]._replace(end=end + len(eos), end_text=eos)
     return text[:end] + eos + text[end:], spans
 
 

@@ -198,10 +198,10 @@ def _encode_quoted(
     begins = [place for place, _ in places]
 
     def in_text(place: int, *, is_end: bool) -> int:
-        number = (bisect_left if is_end and place else bisect_right)(begins, place) - 1
-        begin, at = places[number]
-        following = places[number + 1][1] if number + 1 < len(places) else len(text)
-        if place > begin and pieces[number].startswith(QUOTE_OPEN):
+        index = (bisect_left if is_end and place else bisect_right)(begins, place) - 1
+        begin, at = places[index]
+        following = places[index + 1][1] if index + 1 < len(places) else len(text)
+        if place > begin and pieces[index].startswith(QUOTE_OPEN):
             return following
         return min(at + place - begin, following)
 
@@ -219,8 +219,8 @@ def _with_stand_ins(tokenizer: PreTrainedTokenizerBase, _: int) -> tuple[Any, di
         i: token for i, token in tokenizer.added_tokens_decoder.items() if token.content in special_tokens(tokenizer)
     }
     names = {
-        token.content: f"{QUOTE_OPEN}{chr(0xF0000 + number)}{QUOTE_CLOSE}"
-        for number, token in enumerate(specials.values())
+        token.content: f"{QUOTE_OPEN}{chr(0xF0000 + index)}{QUOTE_CLOSE}"
+        for index, token in enumerate(specials.values())
     }
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()

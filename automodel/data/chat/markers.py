@@ -21,8 +21,8 @@ class Part(NamedTuple):
     text: str
 
 
-class Place(NamedTuple):
-    """Where a part is in the real text; ``start`` is None where its marker was dropped.
+class Occurrence(NamedTuple):
+    """Where a part occurs in the real text; ``start`` is None where its marker was dropped.
 
     Attributes:
         written: what the template wrote between the markers, or since what it wrote before where one was dropped.
@@ -57,7 +57,7 @@ def with_markers(turns: list[dict[str, Any]], *, arguments: Literal["all", "valu
     parts: list[Part] = []
     loose: list[Part] = []
 
-    def set_phase(text: str, index: int, kind: Any, *, is_loose: bool = False) -> str:
+    def mark(text: str, index: int, kind: Any, *, is_loose: bool = False) -> str:
         if not text.strip():
             return text
         (loose if is_loose else parts).append(Part(index, kind, text))
@@ -67,20 +67,20 @@ def with_markers(turns: list[dict[str, Any]], *, arguments: Literal["all", "valu
     def mark_argument(value: Any, index: int) -> Any:
         if isinstance(value, dict):
             return {
-                set_phase(name, index, "argument", is_loose=arguments != "all"): mark_argument(each, index)
+                mark(name, index, "argument", is_loose=arguments != "all"): mark_argument(each, index)
                 for name, each in value.items()
             }
         if isinstance(value, list):
             return [mark_argument(each, index) for each in value]
-        return set_phase(value, index, "argument", is_loose=arguments == "none") if isinstance(value, str) else value
+        return mark(value, index, "argument", is_loose=arguments == "none") if isinstance(value, str) else value
 
     def mark_call(call: dict[str, Any], index: int) -> dict[str, Any]:
         name, given = call["function"]["name"], call["function"]["arguments"]
         is_text = isinstance(given, str)
         return call | {
             "function": {
-                "name": set_phase(name, index, "name"),
-                "arguments": set_phase(given, index, "arguments") if is_text else mark_argument(given, index),
+                "name": mark(name, index, "name"),
+                "arguments": mark(given, index, "arguments") if is_text else mark_argument(given, index),
             }
         }
 
@@ -89,16 +89,16 @@ def with_markers(turns: list[dict[str, Any]], *, arguments: Literal["all", "valu
         copy = dict(turn)
         for key in THOUGHT_KEYS:
             if isinstance(turn.get(key), str):
-                copy[key] = set_phase(turn[key], index, "thought")
-        copy["content"] = set_phase(turn["content"], index, "content")
+                copy[key] = mark(turn[key], index, "thought")
+        copy["content"] = mark(turn["content"], index, "content")
         if turn.get("tool_calls"):
             copy["tool_calls"] = [mark_call(call, index) for call in turn["tool_calls"]]
         marked.append(copy)
     return Marked(marked, parts, loose)
 
 
-def find_places(text: str, marked: str, num_parts: int) -> list[list[Place]] | None:
-    """Return the places of each part in ``text``, in their order there; None: they are not certain.
+def find_occurrences(text: str, marked: str, num_parts: int) -> list[list[Occurrence]] | None:
+    """Return the occurrences of each part in ``text``, in their order there; None: they are not certain.
 
     Proved by putting ``text`` together from the pieces between the markers.
 
@@ -111,7 +111,7 @@ def find_places(text: str, marked: str, num_parts: int) -> list[list[Place]] | N
         return None
     plain = "".join(pieces[::3])
     begun: dict[int, tuple[int, int]] = {}
-    places: list[list[Place]] = [[] for _ in range(num_parts)]
+    found: list[list[Occurrence]] = [[] for _ in range(num_parts)]
     at = last_end = 0
     for piece, end, kind, number in zip(pieces[::3], ends, pieces[1::3], map(int, pieces[2::3]), strict=False):
         at += len(piece)
@@ -120,9 +120,9 @@ def find_places(text: str, marked: str, num_parts: int) -> list[list[Place]] | N
         else:
             start, since = begun.pop(number, (None, last_end))
             is_quoted = plain[since - 1 : since] == plain[at : at + 1] == '"'
-            places[number].append(Place(start, end, plain[since:at], is_quoted))
+            found[number].append(Occurrence(start, end, plain[since:at], is_quoted))
             last_end = at
-    return places
+    return found
 
 
 def _match_pieces(text: str, parts: list[str]) -> list[int] | None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from automodel.data.chat.markers import Marked, Part, Place, find_places, text_after, with_markers
+from automodel.data.chat.markers import Marked, Occurrence, Part, find_occurrences, text_after, with_markers
 from automodel.data.chat.wholeness import require_whole
 from automodel.data.formats.samples import Messages
 from automodel.data.rows import BadRow
@@ -152,12 +152,12 @@ def _cannot_render(error: Exception) -> CannotRender | UserError:
     return CannotRender(f"the chat template cannot render this row: {error}")
 
 
-def _located(tokenizer: PreTrainedTokenizerBase, row: Messages, text: str) -> tuple[Marked, list[list[Place]]]:
+def _located(tokenizer: PreTrainedTokenizerBase, row: Messages, text: str) -> tuple[Marked, list[list[Occurrence]]]:
     """Return the marked turns and each marked part's places in ``text``."""
     # A template may sort arguments by their names, or write them as Python does, which changes the marks.
     for arguments in ("all", "values", "none"):
         marked = with_markers(row.turns, arguments=arguments)
-        places = find_places(text, render(tokenizer, marked.turns, row.tools), len(marked.parts))
+        places = find_occurrences(text, render(tokenizer, marked.turns, row.tools), len(marked.parts))
         if places is not None:
             return marked, places
         if not any(part.kind == "argument" for part in marked.parts):
@@ -168,15 +168,15 @@ def _located(tokenizer: PreTrainedTokenizerBase, row: Messages, text: str) -> tu
     )
 
 
-def _by_message(row: Messages, parts: list[Part], places: list[list[Place]]) -> list[list[_Own]]:
+def _by_message(row: Messages, parts: list[Part], places: list[list[Occurrence]]) -> list[list[_Own]]:
     """Return the places of each message's parts, in their order in the text.
 
     A later message may repeat a call, as a tool's turn that names it does: of a call the first place counts.
     """
     owned: list[list[_Own]] = [[] for _ in row.turns]
-    for number, (part, found) in enumerate(zip(parts, places, strict=True)):
+    for index, (part, found) in enumerate(zip(parts, places, strict=True)):
         counted = found if part.kind in ("content", "thought") else found[:1]
-        owned[part.message] += [_Own(number, place.start, place.end) for place in counted]
+        owned[part.message] += [_Own(index, place.start, place.end) for place in counted]
     return [sorted(own, key=lambda place: place.end) for own in owned]
 
 

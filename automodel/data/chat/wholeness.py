@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from automodel.data.chat.encode import QUOTE_CLOSE, QUOTE_OPEN
-from automodel.data.chat.markers import Marked, Part, Place
+from automodel.data.chat.markers import Marked, Occurrence, Part
 from automodel.data.formats.samples import Messages
 from automodel.data.rows import BadRow
 
@@ -21,7 +21,7 @@ def require_whole(
     row: Messages,
     text: str,
     marked: Marked,
-    places: list[list[Place]],
+    places: list[list[Occurrence]],
     render_alone: Callable[[list[dict[str, Any]]], str | None],
     *,
     is_marked: bool,
@@ -75,7 +75,7 @@ def _is_written_last(row: Messages, index: int, lost: str, render_alone: Callabl
     return alone is not None and inner in _squeezed(alone)
 
 
-def _missing(part: Part, found: list[Place]) -> tuple[str, str] | None:
+def _missing(part: Part, found: list[Occurrence]) -> tuple[str, str] | None:
     """Return what the template does not write of a part, and what kind of thing that is; None: nothing is missing."""
     if any(_is_whole(part, place) for place in found):
         return None
@@ -90,7 +90,7 @@ def _missing(part: Part, found: list[Place]) -> tuple[str, str] | None:
     return "a part", _rest(part.text, found[-1].written)
 
 
-def _is_whole(part: Part, place: Place) -> bool:
+def _is_whole(part: Part, place: Occurrence) -> bool:
     if part.kind == "arguments":  # JSON text, which a template may take for any other text and quote
         return place.written == part.text and not place.is_quoted
     wanted, written = _squeezed(part.text), _squeezed(place.written)

@@ -39,7 +39,7 @@ def data_problems(train: PreparedRows, validation: PreparedRows | None = None) -
     """
     stats = train.stats
     problems = row_problems(train)
-    if train.format_name != "text" and len(stats.has_end) and not stats.has_end.any():
+    if train.has_answers and len(stats.has_end) and not stats.has_end.any():
         are_all_cut = train.counts.num_truncated == len(stats.has_end)
         remedy = "look at the chat template's end of turn"
         if are_all_cut:
@@ -113,7 +113,7 @@ def settle(problems: list[Problem], policy: DataChecks) -> None:
 
 
 def shared_rows(train: PreparedRows, validation: PreparedRows) -> np.ndarray:
-    """Return the numbers of the validation rows that are training rows as well; int64."""
+    """Return the indices of the validation rows that are training rows as well; int64."""
     import numpy as np
 
     return np.flatnonzero(np.isin(validation.stats.hashes, train.stats.hashes))

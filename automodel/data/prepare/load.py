@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ from automodel.data.chat.stops import Stops
 from automodel.data.chat.templates import set_chat_template
 from automodel.data.formats.choose import choose_for_file
 from automodel.data.formats.row_format import RowReader
+from automodel.data.formats.samples import PlainText
 from automodel.data.prepare.cache import build_once
 from automodel.data.prepare.cache_key import rows_key
 from automodel.data.prepare.options import PrepareOptions
@@ -26,8 +27,6 @@ from automodel.logs import get_logger, warn_for_all
 from automodel.types import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from transformers import PreTrainedTokenizerBase
 
     from automodel.data.sources import Source
@@ -82,6 +81,7 @@ def load_rows(
         stats=stats,
         format_name=reader.name,
         is_conversation=reader.format.is_rendered,
+        has_answers=reader.format.sample is not PlainText,
         prompts=prompts,
         stops=Stops(**{kind: frozenset(ends) for kind, ends in meta["stops"].items()}),
         proof=proof,

@@ -99,14 +99,14 @@ class Prompts(Sequence[Prompt]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             if index.start or index.step not in (None, 1):
-                return [self[number] for number in range(*index.indices(len(self)))]
+                return [self[i] for i in range(*index.indices(len(self)))]
             return Prompts(self._table, len(range(*index.indices(len(self)))))
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         return Prompt(**self._table[index % len(self)])
 
     def __iter__(self) -> Iterator[Prompt]:
-        return (self[number] for number in range(len(self)))
+        return (self[index] for index in range(len(self)))
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ class PreparedRows:
         prompts: a generation prompt for each row, in the rows' order; empty unless they were asked for.
         format_name: the format that the rows were recognised as.
         is_conversation: whether a chat template rendered the rows.
+        has_answers: whether the rows are more than text, so that they should teach where an answer ends.
         stops: the ends of answers that are supervised.
         proof: the result of comparing the first rows' tokens with their texts.
         has_weights: whether a row has loss weights.
@@ -132,6 +133,7 @@ class PreparedRows:
     stats: RowStats
     format_name: str = ""
     is_conversation: bool = False
+    has_answers: bool = True
     prompts: Sequence[Prompt] = ()
     stops: Stops = NO_STOPS
     proof: Proof = NO_PROOF
