@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from automodel.data.chat.stops import NO_STOPS, Stops
 from automodel.distributed.parallel.handle import handle_of
+from automodel.eval.scorers import EXACT_MATCH, exact_match
 
 if TYPE_CHECKING:
     import torch
@@ -25,29 +26,34 @@ class GenerationScores:
     """What the answers were worth; the same on every rank.
 
     Attributes:
-        exact_match: share of right answers over all rows.
-        by_kind: the same for each kind of row, where the rows say one.
+        means: the mean of each scorer over all rows, by the scorer's name; ``exact_match`` first.
+        by_kind: exact match for each kind of row, where the rows have one.
         samples: (question, right answer, the model's answer) of the first rows of every kind in turn.
     """
 
-    exact_match: float
+    means: dict[str, float]
     by_kind: dict[str, float]
     samples: list[tuple[str, str, str]]
 
     def metrics(self) -> dict[str, float]:
         """Return the scores as the entries of a validation record."""
-        by_kind = {f"metric/exact_match/{kind}": value for kind, value in self.by_kind.items()}
-        return {"metric/exact_match": self.exact_match, **by_kind}
+        means = {f"metric/{name}": value for name, value in self.means.items()}
+        return means | {f"metric/{EXACT_MATCH}/{kind}": value for kind, value in self.by_kind.items()}
 
 
 @dataclass(frozen=True)
 class GenerationEvaluation:
-    """What ``evaluation=generation`` configures."""
+    """What ``evaluation=generation`` configures.
+
+    Attributes:
+        scorers: further scores by name: (prompt, answer) -> number, of which the mean is reported as ``metric/NAME``.
+    """
 
     batch_size: int = 64
     max_new_tokens: int = 64
     num_rows: int | None = None
     num_samples: int = 5
+    scorers: dict[str, Any] = field(default_factory=dict)
 
     def run(
         self,
@@ -162,13 +168,20 @@ class GenerationEvaluation:
         return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
 
     def _score(self, prompts: Sequence[Prompt], answers: dict[int, str]) -> GenerationScores:
-        is_right = [answers[i].strip() == prompt.answer.strip() for i, prompt in enumerate(prompts)]
+        scorers = {EXACT_MATCH: exact_match, **self.scorers}
+        scores = {
+            name: [float(score(prompt, answers[i])) for i, prompt in enumerate(prompts)]
+            for name, score in scorers.items()
+        }
         rows_by_kind: dict[str, list[int]] = {}
         for i, prompt in enumerate(prompts):
             rows_by_kind.setdefault(prompt.kind or "", []).append(i)
         by_kind = {
-            kind: sum(is_right[i] for i in rows) / len(rows) for kind, rows in sorted(rows_by_kind.items()) if kind
+            kind: sum(scores[EXACT_MATCH][i] for i in rows) / len(rows)
+            for kind, rows in sorted(rows_by_kind.items())
+            if kind
         }
         in_turn = sorted((rows.index(i), i) for rows in rows_by_kind.values() for i in rows[: self.num_samples])
         samples = [(prompts[i].question, prompts[i].answer, answers[i]) for _, i in in_turn[: self.num_samples]]
-        return GenerationScores(sum(is_right) / max(1, len(is_right)), by_kind, samples)
+        means = {name: sum(values) / max(1, len(values)) for name, values in scores.items()}
+        return GenerationScores(means, by_kind, samples)

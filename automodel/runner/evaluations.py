@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from automodel.data.batches.loader import Collate, ValidationBatches
-from automodel.distributed.parallel.strategy import dp_eval_sample_shard
 from automodel.distributed.runtime.agreement import StopPoll
 from automodel.eval.generation import GenerationScores
+from automodel.eval.scorers import EXACT_MATCH
 from automodel.eval.validation import Validation, validate
 from automodel.losses.objective import Objective
 from automodel.runner.build import build
@@ -65,7 +65,6 @@ class ValidationSet:
                 self._model,
                 self._tokenizer,
                 prompts=self._data.validation.prompts,
-                sample_shard=dp_eval_sample_shard(job.strategy, job.dp.rank, job.dp.size),
                 **job.forward_place,
                 stops=self._data.stops,
                 poll=poll,
@@ -80,7 +79,9 @@ def score_tables(scores: list[GenerationScores]) -> list[Table]:
     table = Table("exact match", "before", "after")
     for kind in last.by_kind:
         table.add_row(kind, f"{first.by_kind[kind]:.2f}", f"{last.by_kind[kind]:.2f}")
-    table.add_row("all", f"{first.exact_match:.2f}", f"{last.exact_match:.2f}")
+    table.add_row("all", f"{first.means[EXACT_MATCH]:.2f}", f"{last.means[EXACT_MATCH]:.2f}")
+    for name in list(last.means)[1:]:
+        table.add_row(f"[{name}]", f"{first.means[name]:.2f}", f"{last.means[name]:.2f}")
     answers = Table("held-out question", "right answer", "the model's answer")
     for question, right, answer in last.samples:
         answers.add_row(question.strip(), right.strip(), answer.strip())

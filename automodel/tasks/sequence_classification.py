@@ -106,10 +106,10 @@ class SequenceClassification(Task):
         return dict(zip(self.label_names, counts.tolist(), strict=True))
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, length_multiple: int) -> Collate:
-        from automodel.data.batches.collate import ClassificationCollator
+        from automodel.data.batches.collate import RowTargetCollator
         from automodel.models.hf import pad_token_id
 
-        return ClassificationCollator(pad_token_id(tokenizer), length_multiple)
+        return RowTargetCollator(pad_token_id(tokenizer), length_multiple)
 
     def metrics(self) -> Metrics | None:
         from automodel.eval.metrics import ConfusionMatrix

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from automodel.data.batches.collate import CausalLMCollator, ClassificationCollator, PackedCollator
+from automodel.data.batches.collate import CausalLMCollator, PackedCollator, RowTargetCollator
 from automodel.data.batches.loader import TrainLoader
 from automodel.distributed import clip_gradients, rescale_gradients
 from automodel.distributed.parallel.ddp import DDP
@@ -129,7 +129,7 @@ def classify() -> dict[str, Any]:
     """Validate a classifier over three batches and return the waits."""
     with pretend.job(1) as info, watch:
         model = on_device(Classifier(), info.device)
-        batch = ClassificationCollator(0)([{"input_ids": [1, 2], "labels": 2}, {"input_ids": [3], "labels": 0}])
+        batch = RowTargetCollator(0)([{"input_ids": [1, 2], "labels": 2}, {"input_ids": [3], "labels": 0}])
         validation = Validation("validation", [batch] * 3, as_objective(CrossEntropy()), ConfusionMatrix(3))
         watch.waits.clear()
         validate(model, validation, device=info.device, dp_group=dist.group.WORLD, autocast=nullcontext)

@@ -116,6 +116,7 @@ def _be_command_line(argv: tuple[str, ...], output: Path, cwd: Path, env: dict[s
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.chdir(cwd)
+    sys.path.insert(0, str(cwd))  # as ``python -m`` does
     os.environ.clear()
     os.environ.update(env)
     sys.argv = ["automodel.run", *argv]

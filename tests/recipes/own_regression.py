@@ -46,9 +46,9 @@ class Regression(Task):
         return prepare_input(sample.text, tokenizer, options, labels=sample.score)
 
     def collator(self, tokenizer, length_multiple):
-        from automodel.data.batches.collate import ClassificationCollator
+        from automodel.data.batches.collate import RowTargetCollator
 
-        return ClassificationCollator(tokenizer.pad_token_id, length_multiple)
+        return RowTargetCollator(tokenizer.pad_token_id, length_multiple)
 
 
 def squared_error(model, batch):

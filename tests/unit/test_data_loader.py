@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from automodel.data.batches.collate import CausalLMCollator, ClassificationCollator
+from automodel.data.batches.collate import CausalLMCollator, RowTargetCollator
 from automodel.data.batches.loader import TrainLoader, ValidationBatches
 from automodel.types import UserError
 
@@ -151,7 +151,7 @@ def test_causal_batches_are_padded_on_the_right_with_masks_from_positions():
 
 
 def test_classification_batches_hold_a_label_a_row():
-    collate = ClassificationCollator(pad_token_id=9)
+    collate = RowTargetCollator(pad_token_id=9)
     batch = collate([{"input_ids": [5], "labels": 2}, {"input_ids": [6, 7], "labels": 0}])
     assert batch["input_ids"].tolist() == [[5, 9], [6, 7]]
     assert batch["attention_mask"].tolist() == [[1, 0], [1, 1]]

@@ -86,17 +86,24 @@ class PackedCollator:
 
 
 @dataclass(frozen=True)
-class ClassificationCollator:
-    """Makes ``input_ids`` and ``attention_mask``, int64 [B, T], and ``labels``, int64 [B]; dummies as above."""
+class RowTargetCollator:
+    """Makes ``input_ids`` and ``attention_mask``, int64 [B, T], and one target for each row as ``labels``, [B].
+
+    No rows make a dummy, as above.
+
+    Attributes:
+        target: ``int`` for classes (int64), ``float`` for numbers (float32).
+    """
 
     pad_token_id: int
     length_multiple: int = 1
+    target: type = int
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         import torch
 
-        labels = torch.tensor([example["labels"] for example in examples] or [IGNORE_INDEX])
-        return Batch(_pad_inputs(examples, self.pad_token_id, self.length_multiple), labels)
+        labels = [self.target(example["labels"]) for example in examples] or [self.target(IGNORE_INDEX)]
+        return Batch(_pad_inputs(examples, self.pad_token_id, self.length_multiple), torch.tensor(labels))
 
 
 def _pad_inputs(examples: Sequence[Example], pad_token_id: int, length_multiple: int) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ class PreferenceFormat(RowFormat):
     required = ("chosen", "rejected")
     optional = ("prompt", "messages", "conversations", "tools", "system")
     aliases = ({"chosen": "chosen_messages", "rejected": "rejected_messages"},)
+    is_rendered = True
     is_exclusive = True
 
     def advice(self) -> str:
