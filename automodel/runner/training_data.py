@@ -129,7 +129,9 @@ def load_data(cfg: Config, task: Task, model: Any, tokenizer: PreTrainedTokenize
     parts = mixture.parts() if mixture is not None else {source.display_name: source}
     if source.streaming:
         if not task.can_stream:
-            raise UserError("dataset.streaming=true: this recipe must know all rows and their labels first")
+            raise UserError(
+                f"dataset.streaming=true does not apply to recipe={cfg.recipe.name}, which must know all rows first"
+            )
         parts = {name: dataclasses.replace(part, limit=SAMPLE_ROWS) for name, part in parts.items()}
     rows = _load_parts(parts, tokenizer, task, limit)
     held_out = _load_validation(set_aside, tokenizer, task, limit)

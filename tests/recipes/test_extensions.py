@@ -101,3 +101,10 @@ def test_a_logger_a_format_and_a_scorer_of_ones_own(tmp_path):
     assert logged == [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     record = records(folder, "validation")[-1]
     assert 0 <= record["metric/exact_match"] <= record["metric/same_length"] <= 1
+
+
+def test_a_strategy_of_ones_own_trains_as_ddp_does(tmp_path):
+    argv = [*FAST, "step_scheduler.max_steps=3", "launch.nproc_per_node=2"]
+    own, ddp = (records(trained(tmp_path / name, *argv, f"distributed={name}")) for name in ("summed", "ddp"))
+    assert [each["loss"] for each in own] == pytest.approx([each["loss"] for each in ddp], rel=1e-5)
+    assert [each["grad_norm"] for each in own] == pytest.approx([each["grad_norm"] for each in ddp], rel=1e-4)

@@ -55,6 +55,13 @@ def test_rows_of_another_kind_are_refused_by_the_task(tmp_path):
     assert "not one that reads TextScore" in text
 
 
+def test_rows_of_a_task_that_does_not_say_so_are_not_streamed(rows, tmp_path):
+    others = [key for key in KEYS if "share" not in key]
+    stream = ["dataset.streaming=true", "step_scheduler.max_steps=2", "validation_dataset=none"]
+    text = run(*others, *stream, f"dataset.path={rows}", f"output_dir={tmp_path}/run", status=2)
+    assert "dataset.streaming=true does not apply to recipe=regression, which must know all rows first" in text
+
+
 def test_a_changed_format_prepares_the_rows_again(tmp_path):
     """The cache must not give rows that an earlier version of the user's file has prepared."""
     (tmp_path / "rows.jsonl").write_text('{"q": "one", "a": "two"}\n')

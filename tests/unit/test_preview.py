@@ -184,6 +184,34 @@ def test_a_classifiers_rows_show_the_share_of_each_label(tmp_path):
     assert problems == [] and cell(text, "label no") == "2 (25.0%)" and cell(text, "label yes") == "6 (75.0%)"
 
 
+def test_a_classifier_learns_the_labels_of_all_sources_and_of_the_rows_set_aside(tmp_path):
+    rows = [{"text": f"text {number}", "label": "ab"[number % 2]} for number in range(8)]
+    a = write(tmp_path / "a.jsonl", rows)
+    b = write(tmp_path / "b.jsonl", [{"text": "other", "label": "c"}, *rows[:1]])
+    mixture = ["dataset=mixture", f"dataset.sources.a.path={a}", f"dataset.sources.b.path={b}"]
+    text, problems = shown("recipe=llm_seq_cls", "model=demo", *mixture)
+    assert problems == [] and [cell(text, f"label {name}", 1) for name in "abc"] == [
+        "1 (50.0%)", "0 (0.0%)", "1 (50.0%)",
+    ]  # fmt: skip
+    single = write(tmp_path / "c.jsonl", [*rows, {"text": "rare", "label": "z"}])
+    held_out = []
+    for seed in range(6):
+        keys = ["dataset=jsonl", f"dataset.path={single}", "dataset.validation_share=0.3", f"rng.seed={seed}"]
+        text, _ = shown("recipe=llm_seq_cls", "model=demo", *keys)
+        held_out.append(int(cell(text, "label z", 1)[0]))
+        assert held_out[-1] + int(cell(text, "label z")[0]) == 1
+    assert set(held_out) == {0, 1}
+
+
+def test_rows_of_a_classifier_are_checked_like_others(tmp_path):
+    rows = [{"text": f"text {number}", "label": number % 2} for number in range(8)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    same = ["validation_dataset=jsonl", f"validation_dataset.path={path}"]
+    _, problems = shown("recipe=llm_seq_cls", "model=demo", "dataset=jsonl", f"dataset.path={path}", *same)
+    (problem,) = problems
+    assert "8 of the 8 rows of" in problem and "are trained on as well" in problem
+
+
 def ended(argv: list[str], capsys) -> tuple[int, str]:
     with pytest.raises(SystemExit) as error:
         main(argv)

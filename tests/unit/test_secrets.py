@@ -18,7 +18,7 @@ from automodel.launch.submission import submission_of
 from automodel.loggers.fanout import open_loggers
 from automodel.loggers.jsonl import JsonlLogger
 from automodel.loggers.wandb import WandbLogger
-from automodel.run import _tell
+from automodel.runner.process import report_problems
 from automodel.runs.run_folder import RunDir, environment_record
 from automodel.secrets import masked, masked_keys, masked_text
 from automodel.types import UserError
@@ -120,7 +120,7 @@ def test_no_writer_lets_a_secret_through(tmp_path, monkeypatch, capfd):
     logs.setup_logging(0)
     logs.add_log_file(run_dir.log_path)
     logging.getLogger("automodel.x").warning("it failed: %s", ARGV)
-    _tell(UserError(*ARGV))
+    report_problems(UserError(*ARGV))
     loggers, config = {"wandb": WandbLogger(), "jsonl": JsonlLogger()}, masked(cfg.model_dump())
     sink = open_loggers(loggers, run_dir, run_id="x", config=config, is_main=True)
     sink.log({"kind": "validation", "name": ARGV[0], "step": 1, "loss": 1.0})
