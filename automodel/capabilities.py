@@ -42,7 +42,12 @@ LATER_OPTIONS: dict[str, tuple[str, ...]] = {
 CHAT_TEMPLATES = ("chatml", "llama3", "gemma", "alpaca")
 """The names that ``dataset.chat_template`` takes besides a file."""
 
-NAMED_BY_USER = ("evaluation.scorers", "dataset.sources", "dataset.chat_template_kwargs", "validation_dataset.chat_template_kwargs")
+NAMED_BY_USER = (
+    "evaluation.scorers",
+    "dataset.sources",
+    "dataset.chat_template_kwargs",
+    "validation_dataset.chat_template_kwargs",
+)
 """Tables whose keys the user makes up, so that no plus is needed to add one."""
 
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")

@@ -3,7 +3,7 @@
 The rows are small enough for a tiny character-level model to learn on a CPU in about two
 minutes, yet they cannot be solved by recall: whether a row may be trained on or is held out
 is decided by what its question is *about* (the word, or the unordered pair of numbers), so
-no held-out word or pair occurs in any training row, whatever the kind, the seed or the
+no held-out word or pair occurs in any training row, for any kind, seed or
 number of rows.
 """
 
@@ -103,7 +103,7 @@ def make_word(rng: Random) -> str:
 
 
 def make_pair(rng: Random) -> tuple[int, int, str]:
-    """Draw two numbers and the subject that stands for them in either order."""
+    """Draw two numbers and the subject that is the same for either order."""
     first, second = rng.randint(0, LARGEST_NUMBER), rng.randint(0, LARGEST_NUMBER)
     return first, second, f"{min(first, second)},{max(first, second)}"
 

@@ -21,7 +21,7 @@ from automodel.types import UserError
 class _ValidationShare:
     """Which rows of a source are validated on: those with the smallest hashes of their content and a seed.
 
-    Rows that are alike fall on the same side, and so do rows whose file was reordered.
+    Equal rows are on the same side, also after their file is reordered.
     """
 
     source: Any

@@ -28,7 +28,7 @@ __all__ = sorted(name for name in _HOME if not name.startswith("_"))
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily, because the configuration looks at the strategies in here without torch.
+    # Lazily, because the configuration checks the strategies without torch.
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

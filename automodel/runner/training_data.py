@@ -206,5 +206,5 @@ def _stream(
         num_epochs=cfg.step_scheduler.num_epochs,
         drop_last=cfg.dataloader.drop_last,
         pack_length=pack_length,
-        told={field for rows in sample.values() for field in rows.counts.unused},
+        reported_fields={field for rows in sample.values() for field in rows.counts.unused},
     )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Task(Protocol):
-    """What differs between language models, classifiers, and whatever a user adds; nothing else asks which it is.
+    """What differs between language models, classifiers and tasks of your own; nothing else asks which it is.
 
     A class of your own may inherit from it: the methods with a body are what most tasks want. An instance travels to
     the processes that prepare rows, so it must be picklable.

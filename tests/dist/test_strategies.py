@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from automodel.distributed import clip_gradients, dp_eval_sample_shard, get_sync_ctx, rescale_gradients
 from automodel.distributed.parallel.ddp import DDP
 from automodel.distributed.parallel.fsdp2 import FSDP2
 from automodel.distributed.parallel.gradients import total_grad_norm
+from automodel.distributed.parallel.handle import handle_of
 from automodel.distributed.parallel.megatron_fsdp import MegatronFSDP
 from automodel.distributed.parallel.strategy import data_parallel
 from automodel.distributed.parallel.tensor_parallel import apply_tensor_parallel
@@ -277,3 +279,17 @@ def prefetched(num_layers: int) -> float:
     model = strategy.parallelize(tiny_llama(), dist_info=cpu_info(), mesh=strategy.build_mesh(cpu_info()))
     model(input_ids=torch.arange(8).reshape(1, 8), use_cache=False).logits.square().sum().backward()
     return total_grad_norm(list(model.parameters())).item()
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "hsdp"])
+def test_parameters_are_sharded_again_after_a_forward_without_a_backward(four_ranks, strategy):
+    assert four_ranks.run(sharded_before_and_after_reshard, strategy) == [(False, True)] * 4
+
+
+def sharded_before_and_after_reshard(strategy: str) -> tuple[bool, bool]:
+    model, _, _ = parallel_model(strategy)
+    with torch.no_grad():
+        model(input_ids=torch.arange(8).reshape(1, 8), use_cache=False)
+    before = all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    handle_of(model).reshard()
+    return before, all(isinstance(parameter, DTensor) for parameter in model.parameters())

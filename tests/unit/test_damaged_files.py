@@ -152,7 +152,7 @@ DAMAGED = [
     ("half.json", b'[{"text": "a"},\n{"text":', ":2:9: ", "the file ends here, is it complete?"),
     ("comma.json", b'[{"text": "a"},]', ":1:15: ", "a comma stands before the end of the array; remove it"),
     ("no_comma.json", b'[{"text": "a"}\n{"text": "b"}]', ":2:1: ", "Expecting ',' or ']'"),
-    ("arrays.json", b'[\n{"text": "a"}]\n[\n{"text": "b"}]', ":3:1: ", "the file goes on behind the end of its array"),
+    ("arrays.json", b'[\n{"text": "a"}]\n[\n{"text": "b"}]', ":3:1: ", "the file continues after the end of its array"),
     (
         "latin_1.json",
         b'[{"text": "a"},\n{"text": "caf\xe9"}]',
@@ -181,7 +181,7 @@ DAMAGED = [
     ),
     ("open_header.csv", b'"text,label\na,b\n', ":1: ", "the header line: a quoted field begins in this row and never"),
     ("quote.csv", b'text,label\n"a" b,c\n', ":2: ", "write a quote inside of a field twice"),
-    ("cr.csv", b"text,label\na\rb,c\n", ":2: ", "a carriage return stands in a field without quotes"),
+    ("cr.csv", b"text,label\na\rb,c\n", ":2: ", "a field without quotes holds a carriage return"),
     ("joined.csv", b"text,label\na,b\n\xef\xbb\xbftext,label\n", ":3: ", "begins with a byte order mark"),
     ("nul.csv", b"text,label\na\x00b,this is some longer text\n", ":2: ", "holds a NUL character"),
     ("latin_1.txt", b"text\ncaf\xe9\n", ":2: ", "not UTF-8 (byte 4 of the line)"),

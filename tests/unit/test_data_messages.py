@@ -106,7 +106,7 @@ def test_weights_are_kept_beside_the_turns():
         ({"messages": [USER, {"role": "assistant", "content": [{"type": "image"}]}]}, "type 'image' is not supported"),
         ({"messages": [{"role": "user", "content": [THOUGHT]}, ASSISTANT]}, "'reasoning' is the assistant's, not the"),
         ({"messages": [USER, {"role": "assistant", "content": [THOUGHT]}]}, "the assistant's content is empty"),
-        ({"messages": [USER, {"role": "assistant", "content": [TEXT, THOUGHT]}]}, "must stand in this order"),
+        ({"messages": [USER, {"role": "assistant", "content": [TEXT, THOUGHT]}]}, "must be in this order"),
         (
             {"messages": [USER, ASSISTANT | {"loss_weight": -1}]},
             "message 2: loss_weight=-1 must be a number that is not",

@@ -39,7 +39,7 @@ class Loader(Protocol):
         """Return where the steps yielded so far have come to, for JSON; the same on every rank."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where ``state`` was taken, on any number of ranks."""
+        """Continue from where ``state`` was taken, on any number of ranks."""
 
 
 class TrainLoader:
@@ -218,7 +218,7 @@ def _by_tokens(rows: list[int], lengths: np.ndarray, max_tokens: int) -> list[li
 
 
 def seeded(*parts: Any) -> torch.Generator:
-    """Return a generator that ``parts`` alone decide, in every process and version of Python alike."""
+    """Return a generator seeded by ``parts``, the same in every process and version of Python."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()  # unlike hash()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
@@ -260,7 +260,7 @@ class _Rows:
 
 
 class _Lazily:
-    """A batch sampler made anew whenever it is iterated over."""
+    """A batch sampler made again for each iteration."""
 
     def __init__(self, make: Callable[[], Iterator[list[int]]]) -> None:
         self._make = make

@@ -53,8 +53,10 @@ class MixtureDataset:
         known = [each.name for each in dataclasses.fields(_KINDS[kind])]
         wrong = [key for key in keys if key not in known]
         if wrong:
-            told = (f"{key} is not a key of a {kind} source{did_you_mean(key, [*known, *_OWN_KEYS])}" for key in wrong)
-            raise UserError(*(f"dataset.sources.{name}.{each}" for each in told))
+            problems = (
+                f"{key} is not a key of a {kind} source{did_you_mean(key, [*known, *_OWN_KEYS])}" for key in wrong
+            )
+            raise UserError(*(f"dataset.sources.{name}.{each}" for each in problems))
         if "path" in known and "path" not in keys:
             raise UserError(f"dataset.sources.{name}.path is required")
         part = _KINDS[kind](**keys)

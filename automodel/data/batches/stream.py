@@ -2,7 +2,7 @@
 
 The stream is read in blocks of ``buffer_rows`` rows. Each block is prepared, shuffled by (seed, epoch, block) and,
 where wanted, packed by itself, so that a place in the stream is the place in the file where its block begins and a
-number of items within it: to go on there, one block is read again.
+number of items within it: to resume there, one block is read again.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Stream:
     Attributes:
         prepare: the fields of a row -> what it becomes; raises BadRow.
         pack_length: documents are packed into so many tokens; None: every row is an item.
-        told: unused fields that the user knows of; those that appear later are added.
+        reported_fields: unused fields that were reported already; later ones are added.
     """
 
     source: Any
@@ -67,7 +67,7 @@ class Stream:
     num_epochs: int
     drop_last: bool
     pack_length: int | None = None
-    told: set[str] = field(default_factory=set)
+    reported_fields: set[str] = field(default_factory=set)
 
     def steps(self, state: State) -> Iterator[Step]:
         """Yield every global batch from ``state`` on.
@@ -143,13 +143,13 @@ class Stream:
                 if self.options.on_bad_row == "stop":
                     bad_rows.settle(place)
                 continue
-            bad_rows.counts.count_unused(name for name in prepared.unused if name not in self.told)
+            bad_rows.counts.count_unused(name for name in prepared.unused if name not in self.reported_fields)
             if prepared.record is not None:
                 examples.append(_example(prepared.record))
         warn_of_skipped(self.source.display_name, bad_rows.counts)
         bad_rows.counts.num_rows_read = num_read
         report_unused(self.source.display_name, bad_rows.counts)
-        self.told.update(bad_rows.counts.unused)
+        self.reported_fields.update(bad_rows.counts.unused)
         return examples, num_read
 
     def _packed(self, examples: list[Item], state: State) -> Any:
@@ -223,18 +223,18 @@ class StreamLoader:
 
     def _shared(self, steps: Iterator[Step]) -> tuple[list[list[Item]], int, State, bool]:
         """Return this rank's micro-batches of the next step and what comes with them, as the node's reader says."""
-        told: list[Any] = [None]
+        received: list[Any] = [None]
         handed: list[Any] | None = None
         if self._is_reader:
             handed = self._hand_out(steps)
         if self._node_group is None:
-            told = handed
+            received = handed
         else:
             source = dist.get_process_group_ranks(self._node_group)[0]
-            dist.scatter_object_list(told, handed, src=source, group=self._node_group)
-        if isinstance(told[0], UserError):
-            raise told[0]
-        return told[0]
+            dist.scatter_object_list(received, handed, src=source, group=self._node_group)
+        if isinstance(received[0], UserError):
+            raise received[0]
+        return received[0]
 
     def _hand_out(self, steps: Iterator[Step]) -> list[Any]:
         try:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Noncharacters, which Unicode keeps for a program's own use: no row holds them. They bracket a special token's text in
-# a user's message, so that it can be told from the tokens that the template writes, or what stands in for a token.
+# a user's message, so it differs from the tokens that the template writes, or they bracket a token's stand-in.
 QUOTE_OPEN, QUOTE_CLOSE = "\ufdd0", "\ufdd1"
 
 
@@ -110,7 +110,7 @@ def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the tokens that stand for no text: bos, eos, ends of turns..."""
+    """Return the tokens without a text of their own: bos, eos, ends of turns..."""
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return list(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
 

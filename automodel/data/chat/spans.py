@@ -164,7 +164,7 @@ def _located(tokenizer: PreTrainedTokenizerBase, row: Messages, text: str) -> tu
             break
     raise BadRow(
         "the chat template writes this conversation otherwise when its contents are marked, so what the assistant "
-        "wrote cannot be told from the rest; choose another dataset.chat_template"
+        "wrote cannot be separated from the rest; choose another dataset.chat_template"
     )
 
 
@@ -183,7 +183,7 @@ def _by_message(row: Messages, parts: list[Part], places: list[list[Occurrence]]
 def _attributed(talk: _Conversation, generated: list[tuple[int, int]]) -> list[Span]:
     """Say whose each span is that the template itself has marked.
 
-    One that holds no message goes on with the one before it: an eos in a block of its own, say.
+    A block without a message belongs to the one before it: an eos in its own block, for example.
     """
     spans: list[Span] = []
     for start, end in generated:
@@ -246,7 +246,7 @@ def _turn_start(talk: _Conversation, index: int, header: str, *, lower: int) -> 
         if tail is not None and talk.text[previous.end : upper].startswith(tail):
             return previous.end + len(tail)
     if own.start is None or talk.parts[own.number].kind != "content":
-        raise BadRow(f"the chat template begins message {index + 1} in a way that cannot be told; {talk.advice}")
+        raise BadRow(f"the chat template begins message {index + 1} in a way that cannot be recognised; {talk.advice}")
     return own.start
 
 
@@ -302,7 +302,7 @@ def _turn_end(talk: _Conversation, index: int, *, usual: str) -> tuple[int, str]
             return own.end + len(last.rstrip()), rest
         content_end = len(talk.text[: own.end].rstrip("\n"))
         return max(content_end, own.start or 0), ""
-    raise BadRow(f"the chat template ends message {index + 1} in a way that cannot be told; {talk.advice}")
+    raise BadRow(f"the chat template ends message {index + 1} in a way that cannot be recognised; {talk.advice}")
 
 
 def _up_to_special(text: str, specials: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ class Stops:
     """The ends that are supervised.
 
     Attributes:
-        ids: tokens that stand for an end and for nothing else.
+        ids: tokens that mean an end and nothing else.
         texts: ends that are spelt in ordinary tokens, at which generation cannot stop, but its text can be cut.
     """
 

@@ -61,7 +61,7 @@ class DataFile(NamedTuple):
 
     @contextmanager
     def opened(self) -> Iterator[BufferedReader | gzip.GzipFile]:
-        """Open the content, unpacked; what fails then, or while it is read, is told as UserError."""
+        """Open the content, unpacked. Failures then, and while it is read, become a UserError."""
         try:
             with gzip.open(self.path, "rb") if self.is_gzip else self.path.open("rb", buffering=1 << 20) as stream:
                 yield stream
@@ -93,7 +93,7 @@ class Lines:
             self.go_to(offset=offset, number=number)
 
     def go_to(self, *, offset: int, number: int) -> None:
-        """Go on behind line ``number``, which ends at byte ``offset``.
+        """Continue after line ``number``, which ends at byte ``offset``.
 
         Raises:
             UserError: no line ends there, so the file is not what it was.
@@ -121,7 +121,7 @@ class Lines:
 
 
 def unreadable(path: Path, error: Exception, *, after: str = "") -> UserError:
-    """Return what to tell of a file that could not be read on."""
+    """Return the error for a file that could not be read further."""
     place = f" after {after}" if after else ""
     if isinstance(error, EOFError):
         return UserError(f"{path}: the gzip stream ends early{place}; copy or pack the file again")
@@ -131,7 +131,7 @@ def unreadable(path: Path, error: Exception, *, after: str = "") -> UserError:
 
 
 def changed(path: Path) -> UserError:
-    """Return what to tell of a file that does not have the place to resume at."""
+    """Return the error for a file that does not reach the place to resume at."""
     return UserError(f"{path} has changed since the position in it was saved; restore the file, or start afresh")
 
 
@@ -218,7 +218,7 @@ def _first_lines(data_file: DataFile) -> tuple[bytes, bytes]:
             lines = Lines(data_file.path, stream)
             for index in range(2):
                 found[index] = next((line.strip() for line in lines if not line.isspace()), b"")
-    except UserError:  # the reader of rows gives the rows before the damage and then tells of it
+    except UserError:  # the reader of rows yields the rows before the damage, then raises
         if not found[0]:
             raise
     return found[0], found[1]

@@ -38,7 +38,7 @@ def walk_items(text: str, *, end: int = 0, num_lines: int = 0) -> Iterator[Item]
     """Yield the items of the array that ``text`` is, or that an object holds under one of ``ROW_LIST_NAMES``.
 
     Args:
-        end: the same of an item: go on behind it; ``num_lines`` likewise.
+        end: the same for the place after an item, as is ``num_lines``.
 
     Raises:
         DamagedDocument: after the items before the damage.
@@ -67,7 +67,7 @@ def walk_items(text: str, *, end: int = 0, num_lines: int = 0) -> Iterator[Item]
     behind = _skip(text, _skip(text, at) + 1)
     if not in_object and behind < len(text):
         raise DamagedDocument(
-            "the file goes on behind the end of its array; write one array, or a row a line", text, behind
+            "the file continues after the end of its array; write one array, or one row per line", text, behind
         )
 
 

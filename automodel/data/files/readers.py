@@ -31,7 +31,7 @@ def local_files(path: str) -> list[Path]:
     """Return the files that a path, a folder (its data files that are not hidden) or a glob names, sorted.
 
     Raises:
-        UserError: it may not be looked at.
+        UserError: it may not be read.
     """
     folder = Path(path).expanduser()
     try:
@@ -47,10 +47,10 @@ def local_files(path: str) -> list[Path]:
 def read_files(files: Sequence[Path], start: Position = Position()) -> Iterator[tuple[ReadRow, Position]]:  # noqa: B008
     """Yield every row from ``start`` on with the position behind it; a damaged one as its place and what is wrong.
 
-    A file is told by its content: JSON Lines, a JSON array of objects (or an object with such an array named data,
+    A file is recognised by its content: JSON Lines, a JSON array of objects (or an object with such an array named data,
     rows or examples), CSV with a header line, plain text (a row of the one field ``text`` for each line that is not
     blank), Parquet, or gzip of these. Values of CSV are text. NaN and Infinity in JSON, which Python writes for
-    missing numbers, are taken as numbers. A first line of CSV that is no header cannot be told from one.
+    missing numbers, are taken as numbers. A first line of CSV is always taken as its header.
 
     Memory holds a row at a time, of Parquet a batch of rows, of a JSON document its whole text.
     Resuming seeks; in gzip it unpacks what is before, parsing nothing.
@@ -256,9 +256,9 @@ def _csv_fields(header: list[str], record: list[str]) -> dict[str, str]:
 
 def _csv_reason(error: Exception) -> str:
     if "new-line character" in str(error):
-        return "not CSV: a carriage return stands in a field without quotes; put the field in quotes"
+        return "not CSV: a field without quotes holds a carriage return; put the field in quotes"
     if "expected after" in str(error):
-        return "not CSV: a field goes on behind its closing quote; write a quote inside of a field twice"
+        return "not CSV: a field continues after its closing quote; write a quote inside a field twice"
     if "end of data" in str(error):
         return "a quoted field begins in this row and never ends; close it"
     return str(error)

@@ -24,7 +24,7 @@ class RowSlice:
 
     @property
     def needs_count(self) -> bool:
-        """Whether ``bounds`` must be told the number of rows."""
+        """Whether ``bounds`` needs the number of rows."""
         return any(bound is not None and (self.is_percent or bound < 0) for bound in (self.start, self.stop))
 
     def bounds(self, num_rows: int | None = None) -> tuple[int, int | None]:

@@ -21,7 +21,7 @@ class _Reference(NamedTuple):
 
 
 class Pattern(NamedTuple):
-    """Text with references to fields in it; one reference alone stands for its value, whatever its type."""
+    """Text with references to fields in it; a single reference gives the value itself, of any type."""
 
     text: str
     parts: tuple[tuple[str, _Reference | None], ...]
@@ -86,7 +86,7 @@ def read_pattern(text: str) -> Pattern:
 
 
 def whole_field(name: str) -> Pattern:
-    """Return the pattern that is the value of one field, whatever its name."""
+    """Return the pattern for the value of one field, with any name."""
     return Pattern(name, (("", _Reference(name, ())),))
 
 

@@ -37,8 +37,8 @@ class PreferenceFormat(RowFormat):
             if not prompt:
                 raise BadRow("no prompt before the chosen and the rejected answer; name it with dataset.columns.prompt")
         else:
-            alike = [one == other for one, other in zip(chosen[:-1], rejected[:-1], strict=False)]
-            num_shared = alike.index(False) if False in alike else len(alike)
+            is_same = [one == other for one, other in zip(chosen[:-1], rejected[:-1], strict=False)]
+            num_shared = is_same.index(False) if False in is_same else len(is_same)
             shared = chosen[:num_shared]
             if not shared or not _is_answer(chosen[num_shared:]) or not _is_answer(rejected[num_shared:]):
                 raise BadRow("chosen and rejected do not begin with the same prompt, followed by two answers")

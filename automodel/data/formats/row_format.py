@@ -23,7 +23,7 @@ class RowFormat(Protocol):
             ``{title}\\n{description}``.
         likely: fields that often hold a column under a name which alone does not prove it; proposed to the user.
         is_rendered: a chat template renders the rows.
-        is_exclusive: a row with the required columns has no other format, whatever else it holds.
+        is_exclusive: a row with the required columns has no other format, even if it holds more.
         recipe: the recipe that trains on such rows.
     """
 
@@ -46,7 +46,7 @@ class RowFormat(Protocol):
         ...
 
     def suits(self, row: Mapping[str, Any]) -> bool:
-        """Return whether a row with the required columns may be taken for this format without being told so."""
+        """Return whether a row with the required columns may be taken for this format without the user saying so."""
         return True
 
     def doubt(self, row: Mapping[str, Any]) -> str | None:

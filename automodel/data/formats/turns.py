@@ -171,7 +171,7 @@ def _read_parts(parts: list[Any], role: str, where: str) -> tuple[str, dict[str,
             raise BadRow(f"{where}: a part of type {kind!r} is the assistant's, not the {role}'s")
         # A template writes thoughts first and calls last: another order would be lost.
         if (kind == "reasoning" and (texts or calls)) or (kind == "text" and calls):
-            raise BadRow(f"{where}: reasoning, text and tool_call parts must stand in this order")
+            raise BadRow(f"{where}: reasoning, text and tool_call parts must be in this order")
         if kind == "text":
             texts.append(require_text(value, f"{where}: text"))
         elif kind == "reasoning":

@@ -62,7 +62,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _code_of(cls: type) -> list[str]:
-    """Return the name of a class, and a hash of its file unless ``_PREPARED_AS`` stands for its code."""
+    """Return the name of a class, and a hash of its file unless ``_PREPARED_AS`` covers its code."""
     named = [cls.__module__, cls.__qualname__]
     if cls.__module__.startswith("automodel."):
         return named

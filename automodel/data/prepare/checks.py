@@ -19,7 +19,7 @@ DataChecks = Literal["auto", "strict", "warn"]
 MOST_UNSUPERVISED = 0.05
 """The share of rows that may lose everything they would teach."""
 MOST_LOST = 0.2
-"""The share of rows that may not be trained on for whatever reason, asked for or not."""
+"""The largest share of rows that may be left out for any reason, requested or not."""
 SURELY_WRONG = 0.9
 """From this share on, it cannot be meant."""
 
@@ -41,7 +41,7 @@ def data_problems(train: PreparedRows, validation: PreparedRows | None = None) -
     problems = row_problems(train)
     if train.has_answers and len(stats.has_end) and not stats.has_end.any():
         are_all_cut = train.counts.num_truncated == len(stats.has_end)
-        remedy = "look at the chat template's end of turn"
+        remedy = "check the chat template's end of turn"
         if are_all_cut:
             of_model = "the model's limit cuts every row; take a model for longer ones"
             remedy = of_model if train.is_model_limit else "raise dataset.max_length"
@@ -77,8 +77,8 @@ def row_problems(rows: PreparedRows) -> list[Problem]:
             "is too long with dataset.truncation=drop": counts.num_unsupervised,
             "are damaged and skipped; dataset.on_bad_row=stop names them": counts.num_bad,
         }
-        told = " - ".join(f"{num:,} {reason}" for reason, num in reasons.items() if num)
-        text = f"{name}: {num_lost:,} of {counts.num_rows_read:,} rows ({num_lost / of:.0%}) are not trained on: {told}"
+        listed_reasons = " - ".join(f"{num:,} {reason}" for reason, num in reasons.items() if num)
+        text = f"{name}: {num_lost:,} of {counts.num_rows_read:,} rows ({num_lost / of:.0%}) are not trained on: {listed_reasons}"
         problems.append(Problem(text, is_sure=num_lost / of >= SURELY_WRONG))
     media = media_fields(counts.unused)
     if media:
@@ -120,7 +120,7 @@ def shared_rows(train: PreparedRows, validation: PreparedRows) -> np.ndarray:
 
 
 def num_duplicates(rows: PreparedRows) -> int:
-    """Return how many rows are there already, tokens and labels alike."""
+    """Return how many rows repeat an earlier one, both in tokens and labels."""
     import numpy as np
 
     return len(rows.stats.hashes) - len(np.unique(rows.stats.hashes))

@@ -30,7 +30,7 @@ class PrepareOptions:
 
     @property
     def length_limit(self) -> str:
-        """What bounds the length of a row, in words."""
+        """What limits the length of a row, for messages."""
         if self.is_model_limit:
             return f"the model's limit of {self.max_length} tokens (dataset.max_length allows more)"
         return f"dataset.max_length={self.max_length} tokens"

@@ -1,4 +1,4 @@
-"""Name the fields of rows, and the keys of messages, that nothing reads, so that none vanishes without a word."""
+"""Report the fields of rows and the keys of messages that nothing reads."""
 
 from __future__ import annotations
 

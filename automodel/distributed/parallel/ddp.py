@@ -67,7 +67,7 @@ class DDPHandle(Handle):
     """The handle of DDP, which averages over its group in the last backward of a step."""
 
     def sync_context(self, is_optim_step: bool, *, defer: bool) -> AbstractContextManager[None]:
-        """Reduce on the last micro-batch alone, whatever ``defer`` says.
+        """Reduce on the last micro-batch only; ``defer`` makes no difference.
 
         Raises:
             UserError: on leaving the last micro-batch, where trained parameters got no gradient.

@@ -1,4 +1,4 @@
-"""Scale, measure and clip gradients, whatever wrapper or sharding they live in."""
+"""Scale, measure and clip gradients in any wrapper and sharding."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def total_grad_norm(parameters: Iterable[nn.Parameter], *, norm_type: float = 2.
     device = torch.device("cpu")
     for parameter in parameters:
         device = parameter.device
-        # Told from the parameter: a gradient may be missing where the shard is empty, and may name an equal mesh
-        # with other groups, since DTensor's operators share cached layouts between meshes that look alike.
+        # Read from the parameter: a gradient may be missing where the shard is empty, and may name an equal mesh
+        # with other groups, since DTensor's operators share cached layouts between equal meshes.
         if isinstance(parameter.grad, DTensor) and any(p.is_partial() for p in parameter.grad.placements):
             raise TypeError("a gradient is still a partial sum over its mesh; reduce it before its norm is taken")
         holder = parameter if isinstance(parameter, DTensor) or parameter.grad is None else parameter.grad

@@ -97,7 +97,7 @@ class MegatronFSDPHandle(Handle):
 
     @contextmanager
     def sync_context(self, is_optim_step: bool, *, defer: bool) -> Iterator[None]:
-        """Reduce as the ZeRO stage allows, whatever ``defer`` says.
+        """Reduce as the ZeRO stage allows; ``defer`` makes no difference.
 
         Stage 1 reduces on the last micro-batch, stages 2 and 3 on each one; the outer axis waits for the last.
         """

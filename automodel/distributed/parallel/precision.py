@@ -49,7 +49,7 @@ def resolve_precision(
 ) -> Precision:
     """Return the types for the sections ``model`` and ``distributed``.
 
-    Trained weights are float32 whatever ``model.dtype`` says, since at usual learning rates most updates are smaller
+    Trained weights are float32 for any ``model.dtype``, since at usual learning rates most updates are smaller
     than the distance to the next bf16 number: rounded to bf16 after each step, the weights would stay as they are.
 
     Args:

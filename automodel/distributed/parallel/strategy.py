@@ -1,4 +1,4 @@
-"""The device mesh of a run, and the data-parallel ranks that it stands for."""
+"""What a strategy is, the device mesh of a run, and its data-parallel ranks."""
 
 from __future__ import annotations
 

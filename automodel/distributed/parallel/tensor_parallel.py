@@ -30,7 +30,7 @@ HEAD_DIM = 2
 class _Sequence:
     """Whether the activations between the blocks are split over the ranks in the forward that runs.
 
-    Decided anew by every forward: a length that the ranks do not divide evenly (a step of generation, say) is
+    Decided by every forward: a length that the ranks do not divide evenly (a step of generation, say) is
     computed whole on every rank instead.
     """
 

@@ -73,7 +73,7 @@ def rendezvous(rank: int, world_size: int, timeout_minutes: float) -> dist.Store
 
 
 def name_ranks(ranks: Iterable[int]) -> str:
-    """Return ranks in words, three and more in a row as ``3-7``, and no more than a line can hold."""
+    """Return the names of ranks, three or more in a row as ``3-7``, shortened to a line."""
     ranks = sorted(ranks)
     runs: list[list[int]] = []
     for rank in ranks:
