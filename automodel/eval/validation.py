@@ -80,7 +80,7 @@ def validate(
     finally:
         model.train(was_training)
     counts = {"count": count, "num_label_tokens": num_label_tokens}
-    total |= {name: torch.tensor(value, dtype=torch.float64, device=sums_device) for name, value in counts.items()}
+    total |= {name: torch.tensor(value, dtype=torch.float64) for name, value in counts.items()}
     total = sum_on_host(total, dp_group)
     count = max(1.0, float(total.pop("count")))
     record = {"loss": float(total.pop("loss")) / count, "num_label_tokens": int(total.pop("num_label_tokens"))}

@@ -108,17 +108,8 @@ def train_step(
     """
     # On the host, where gloo sums them over the ranks while the backward runs: the device is never waited for.
     # Over all ranks, also those of a tensor-parallel group, which count the same rows: they must all stop or save.
-    counts = torch.tensor(
-        [
-            sum(map(objective.count, micro_batches)),
-            sum(batch.num_label_tokens for batch in micro_batches),
-            sum(batch.num_tokens for batch in micro_batches),
-            sum(batch.sum_squared_lengths for batch in micro_batches),
-            int(wants_stop),
-            int(wants_save),
-        ],
-        dtype=torch.int64,
-    )
+    requests = [int(wants_stop), int(wants_save)]
+    counts = torch.tensor(_counts(micro_batches, objective) + requests, dtype=torch.int64)
     counts_ready = dist.all_reduce(counts, async_op=True)
 
     handle, results = handle_of(model), []
@@ -154,6 +145,16 @@ def train_step(
     handle.zero_gradients(optimizer)
     terms_by_name = dict(zip(names, terms, strict=True))
     return StepResult(loss_sum, grad_norm, DeferredFlag(is_bad), terms_by_name, count, *others)
+
+
+def _counts(micro_batches: Sequence[Batch], objective: Objective) -> list[int]:
+    """Return this rank's counts as ``StepResult`` lists them."""
+    return [
+        sum(map(objective.count, micro_batches)),
+        sum(batch.num_label_tokens for batch in micro_batches),
+        sum(batch.num_tokens for batch in micro_batches),
+        sum(batch.sum_squared_lengths for batch in micro_batches),
+    ]
 
 
 def _detached(sums: Sums) -> Sums:

@@ -12,8 +12,8 @@ import torch
 
 from tests.recipes.command import ROOT, command_line, load_as_the_screen_says, records, run
 
-KEYS = ["recipe._target_=tests.recipes.own_regression.recipe", "recipe.name=regression", "dataset=jsonl",
-        "dataset.format=tests.recipes.own_regression.ScoreFormat", "dataset.validation_share=0.1", "model=demo",
+KEYS = ["recipe._target_=tests.recipes.extensions.regression.recipe", "recipe.name=regression", "dataset=jsonl",
+        "dataset.format=tests.recipes.extensions.regression.ScoredFormat", "dataset.validation_share=0.1", "model=demo",
         "evaluation=loss"]  # fmt: skip
 
 
@@ -51,8 +51,8 @@ def test_rows_of_another_kind_are_refused_by_the_task(tmp_path):
     path.write_text('{"text": "a", "score": 1}\n')
     others = [key for key in KEYS if not key.startswith("recipe.") and "share" not in key]
     text = run(*others, f"dataset.path={path}", f"output_dir={tmp_path}/run", status=2)
-    assert "ScoreFormat does not suit this recipe; it takes messages or" in text
-    assert "not one that reads TextScore" in text
+    assert "ScoredFormat does not suit this recipe; it takes messages or" in text
+    assert "not one that reads Scored" in text
 
 
 def test_rows_of_a_task_that_does_not_say_so_are_not_streamed(rows, tmp_path):

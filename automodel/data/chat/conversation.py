@@ -142,7 +142,7 @@ def _with_objects(turn: Turn) -> Turn:
 
 
 def _are_respelt(given: Messages, form: Messages) -> bool:
-    """Return whether arguments that were given as text are objects in ``form``, with a number that JSON would spell differently."""
+    """Return whether arguments given as text are objects in ``form``, with a number that JSON spells differently."""
     spellings: list[str] = []
     for before, after in zip(given.turns, form.turns, strict=True):
         for call, other in zip(_calls(before), _calls(after), strict=True):

@@ -45,10 +45,10 @@ def local_files(path: str) -> list[Path]:
 
 
 def read_files(files: Sequence[Path], start: Position = Position()) -> Iterator[tuple[ReadRow, Position]]:  # noqa: B008
-    """Yield every row from ``start`` on with the position behind it; a damaged one as its place and what is wrong.
+    """Yield every row from ``start`` on with the position after it; for a damaged one, its place and the error.
 
-    A file is recognised by its content: JSON Lines, a JSON array of objects (or an object with such an array named data,
-    rows or examples), CSV with a header line, plain text (a row of the one field ``text`` for each line that is not
+    A file is recognised by its content: JSON Lines, a JSON array of objects (or an object with such an array named
+    data, rows or examples), CSV with a header line, plain text (a row of the one field ``text`` for each line that is not
     blank), Parquet, or gzip of these. Values of CSV are text. NaN and Infinity in JSON, which Python writes for
     missing numbers, are taken as numbers. A first line of CSV is always taken as its header.
 

@@ -77,8 +77,10 @@ def row_problems(rows: PreparedRows) -> list[Problem]:
             "is too long with dataset.truncation=drop": counts.num_unsupervised,
             "are damaged and skipped; dataset.on_bad_row=stop names them": counts.num_bad,
         }
-        listed_reasons = " - ".join(f"{num:,} {reason}" for reason, num in reasons.items() if num)
-        text = f"{name}: {num_lost:,} of {counts.num_rows_read:,} rows ({num_lost / of:.0%}) are not trained on: {listed_reasons}"
+        causes = " - ".join(f"{num:,} {reason}" for reason, num in reasons.items() if num)
+        text = (
+            f"{name}: {num_lost:,} of {counts.num_rows_read:,} rows ({num_lost / of:.0%}) are not trained on: {causes}"
+        )
         problems.append(Problem(text, is_sure=num_lost / of >= SURELY_WRONG))
     media = media_fields(counts.unused)
     if media:

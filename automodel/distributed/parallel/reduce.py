@@ -62,9 +62,12 @@ def sum_on_host(sums: Mapping[str, torch.Tensor], group: dist.ProcessGroup | Non
 
     Every rank of the group must call it, with the same names and shapes.
     """
-    names = sorted(sums)
+    # Those of the host come last, so that only the others are copied.
+    names = sorted(sums, key=lambda name: (sums[name].device.type == "cpu", name))
     parts = [sums[name].detach().double().flatten() for name in names]
-    flat = (torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)).cpu()
+    num_on_device = sum(sums[name].device.type != "cpu" for name in names)
+    copied = [torch.cat(parts[:num_on_device]).cpu()] if num_on_device else []
+    flat = torch.cat([torch.zeros(0, dtype=torch.float64), *copied, *parts[num_on_device:]])
     all_reduce_sum_(flat, group)
     split = flat.split([sums[name].numel() for name in names])
     return {name: part.reshape(sums[name].shape) for name, part in zip(names, split, strict=True)}
