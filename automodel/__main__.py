@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from difflib import get_close_matches
 from importlib import import_module
 
 VERBS = {
@@ -23,9 +22,10 @@ def main() -> None:
         return
     verb = sys.argv[1].replace("-", "_")
     if verb not in VERBS:
-        near = get_close_matches(verb, VERBS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        print(f"error: {sys.argv[1]} is not a verb; there are: {', '.join(VERBS)}{hint}", file=sys.stderr)
+        from automodel.config.names import did_you_mean
+
+        known = f"there are: {', '.join(VERBS)}{did_you_mean(verb, VERBS)}"
+        print(f"error: {sys.argv[1]} is not a verb; {known}", file=sys.stderr)
         sys.exit(2)
     import_module(f"automodel.{verb}").main(sys.argv[2:])
 

@@ -1,291 +1,61 @@
-"""``python -m automodel.check_parity``: run a configuration in one process and in its own layout, and compare.
-
-So that anybody can see on their own model and rows that the layout changes nothing but the speed.
-"""
+"""``python -m automodel.check_parity``: compare a layout with one process."""
 
 from __future__ import annotations
 
-import json
-import math
 import signal
-import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from automodel.cli.child_run import ChildRun
-from automodel.cli.command_line import (
-    OwnKey,
-    VerbFailed,
-    key_of,
-    load_one_config,
-    read_own_keys,
-    require_alone,
-    run_verb,
-    whole_number,
-)
+from pydantic import Field
+
+from automodel.cli.command_line import key_of, read_alone, rows_of_keys, run_verb
 from automodel.config import Config
-from automodel.config.command_line import compose_command_line
-from automodel.types import ExitStatus, UserError
+from automodel.config.schema import PositiveInt, PositiveNumber, Section
+from automodel.types import ExitStatus
 
-USAGE = """python -m automodel.check_parity [FILE.yaml] [key=value of a run ...] [parity.num_steps=3] ...
 
-Trains the first steps twice, once in one process and once in the layout of the command line, and compares the loss
-and the gradient norm of every step and the weights after the last. Nothing is kept of either run.
+class Keys(Section):
+    num_steps: PositiveInt = Field(3, description="optimizer steps of each run")
+    tolerance: PositiveNumber = Field(1e-5, description="largest relative difference that passes")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compare the layouts of the command line ``argv`` (default: this process's) and exit with the status."""
+    run_verb(_work, argv, usage=_usage)
+
+
+def _work(argv: list[str]) -> ExitStatus:
+    keys, cfg, sets_precision = read_command_line(argv)
+    from automodel.proofs.parity import check_parity
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the run in progress too
+    return check_parity(cfg, num_steps=keys.num_steps, tolerance=keys.tolerance, sets_precision=sets_precision)
+
+
+def read_command_line(argv: list[str]) -> tuple[Keys, Config, bool]:
+    """Return the own keys, the configuration, and whether ``argv`` chooses the precision; raises UserError."""
+    keys, cfg, rest = read_alone("check_parity", argv, "parity", Keys)
+    sets_precision = cfg.distributed.get("mixed_precision") != "auto" or any(
+        key_of(arg) == "distributed.mixed_precision" for arg in rest
+    )
+    return keys, cfg, sets_precision
+
+
+def _usage() -> str:
+    return f"""python -m automodel.check_parity [FILE.yaml] [key=value of a run ...] [parity.num_steps=3] ...
+
+Trains a few steps in one process and in your layout, and compares the loss and the gradient norm of every step and the
+weights after the last one. Neither run is kept.
 
 Keys
-  parity.num_steps=3       optimizer steps of each run
-  parity.tolerance=1e-5    largest relative difference that passes
+{rows_of_keys("parity", Keys)}
 
 Example
   python -m automodel.check_parity launch.nproc_per_node=2 distributed=fsdp2 step_scheduler.local_batch_size=8
 
-Both runs compute in float32 unless distributed.mixed_precision is set, at a constant learning rate, without validation,
-checkpoints and adapter dropout. Status 0: within the tolerance; 1: above it, or a run failed; 2: wrong input. Two
-exported models go to the temporary folder for a while; TMPDIR chooses another place.
+Both runs compute in float32 unless distributed.mixed_precision is set, with a constant learning rate and without
+validation, checkpoints and adapter dropout. Status 0: within the tolerance; 1: above it, or a run failed; 2: wrong
+input. Two exported models go to the temporary folder meanwhile; TMPDIR chooses another place.
 All other keys: python -m automodel.run --help"""
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError(text)
-    return value
-
-
-_KEYS = {
-    "parity.num_steps": whole_number(3, least=1),
-    "parity.tolerance": OwnKey(1e-5, _positive, "a number more than 0"),
-}
-_METRICS = {"loss": "loss", "grad_norm": "gradient norm"}
-_REFERENCE, _LAYOUT = "reference", "layout"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A relative difference between the runs, and where it was found."""
-
-    figure: float
-    where: str
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Compare the layouts of the command line ``argv`` (default: this process's) and leave with the status."""
-    run_verb(_work, argv, usage=USAGE)
-
-
-def _work(argv: list[str]) -> ExitStatus:
-    own, cfg, sets_precision = read_command_line(argv)
-    configs, notes = both_configs(cfg, num_steps=own["parity.num_steps"], sets_precision=sets_precision)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the run in progress is ended too
-    with tempfile.TemporaryDirectory(prefix="automodel-parity-") as name:
-        return _check(configs, notes, own=own, folder=Path(name))
-
-
-def read_command_line(argv: list[str]) -> tuple[dict[str, Any], Config, bool]:
-    """Return the values of the ``parity.*`` keys, the run's configuration, and whether ``argv`` chooses the precision.
-
-    Raises:
-        UserError: with every problem of the whole command line, or because this is one rank of a job.
-    """
-    values, rest, problems = read_own_keys(argv, _KEYS)
-    require_alone("check_parity", rest, problems)
-    cfg = load_one_config(rest, problems)
-    sets_precision = cfg.distributed.get("mixed_precision") != "auto" or any(
-        key_of(arg) == "distributed.mixed_precision" for arg in rest
-    )
-    return values, cfg, sets_precision
-
-
-def both_configs(cfg: Config, *, num_steps: int, sets_precision: bool) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Return the plain configuration of either run, by its name, and what to tell about them.
-
-    Raises:
-        UserError: the layout is the reference itself.
-    """
-    (ours,) = compose_command_line(["lr_scheduler=constant", "lr_scheduler.warmup_ratio=0"]).trees
-    layout, notes = cfg.model_dump(by_alias=True), []
-    layout["step_scheduler"] |= {
-        "max_steps": num_steps, "log_every_steps": 1, "val_every_steps": None, "ckpt_every_steps": None,
-    }  # fmt: skip
-    layout["checkpoint"] |= {"enabled": False, "resume": "never"}
-    layout["export"]["enabled"] = True
-    layout |= {"validation_dataset": None, "evaluation": None, "logger": ours["logger"]}
-    # Squeezed into so few steps, a schedule would begin or end near 0, and the weights would show nothing.
-    layout["lr_scheduler"] = ours["lr_scheduler"]
-    if layout["peft"] and layout["peft"].get("dropout"):
-        notes.append(f"peft.dropout={layout['peft']['dropout']} is 0 here: ranks draw random numbers of their own")
-        layout["peft"]["dropout"] = 0.0
-    if not sets_precision:
-        layout["distributed"]["mixed_precision"] = "float32"
-        if "dtype" in layout["model"]:
-            layout["model"]["dtype"] = "float32"
-    precision = layout["distributed"].get("mixed_precision", "float32")
-    reference = layout | {
-        "distributed": ours["distributed"] | {"mixed_precision": precision},
-        "launch": ours["launch"],
-    }
-    notes.insert(0, f"precision: distributed.mixed_precision={precision}, model.dtype={layout['model'].get('dtype')}")
-    if not layout["launch"]["_target_"].endswith(".LocalLaunch"):
-        raise UserError("check_parity starts its ranks on this machine: use launch=local")
-    if reference["distributed"] == layout["distributed"] and layout["launch"].get("nproc_per_node", 1) == 1:
-        raise UserError(
-            "there is nothing to compare: this command line runs in one process with distributed=ddp, which is the "
-            "reference itself; add launch.nproc_per_node=2 or so, and distributed=fsdp2 for example"
-        )
-    return {_REFERENCE: reference, _LAYOUT: layout}, notes
-
-
-def _check(configs: dict[str, dict[str, Any]], notes: list[str], *, own: dict[str, Any], folder: Path) -> ExitStatus:
-    tolerance = own["parity.tolerance"]
-    for name, tree in configs.items():
-        _run(name, tree, folder)
-    steps, weights = compare(folder / _REFERENCE, folder / _LAYOUT)
-    num_steps = len(steps["loss"])
-    print(f"\n{_shown(configs[_LAYOUT])} compared with {_shown(configs[_REFERENCE])}, over {num_steps} steps")
-    if num_steps < own["parity.num_steps"]:
-        epochs = configs[_LAYOUT]["step_scheduler"]["num_epochs"]
-        notes = [*notes, f"steps: the rows give no more in step_scheduler.num_epochs={epochs}"]
-    print("\n".join(notes), end="\n\n")
-    _print_table(steps, weights)
-    found = []
-    for key, differences in steps.items():
-        above = [each for each in differences if each.figure > tolerance]
-        if above:
-            found.append(f"{_METRICS[key]}: from {above[0].where} on, where it differs by {above[0].figure:.1e}")
-    if weights.figure > tolerance:
-        found.append(f"weights: {weights.where} differs by {weights.figure:.1e} after step {num_steps}")
-    if not found:
-        print(f"\npassed: every difference is within parity.tolerance={tolerance:g}")
-        return ExitStatus.DONE
-    print(f"\nfailed: above parity.tolerance={tolerance:g}", *found, sep="\n  ")
-    hints = _hints(configs[_LAYOUT], folder / _LAYOUT / "model", only_weights=found[0].startswith("weights"))
-    print("what can make layouts differ without a fault", *hints, sep="\n  ", flush=True)
-    return ExitStatus.FAILED
-
-
-def _shown(tree: dict[str, Any]) -> str:
-    num_processes = tree["launch"].get("nproc_per_node", 1)
-    strategy = tree["distributed"]["_target_"].rpartition(".")[2]
-    return f"{num_processes} process{'es' if num_processes > 1 else ''} with {strategy}"
-
-
-def _run(name: str, tree: dict[str, Any], folder: Path) -> None:
-    """Run ``tree`` to its end."""
-    print(f"{name}: {_shown(tree)} ...", end="", flush=True)
-    started, run = time.monotonic(), ChildRun(tree, folder, name)
-    run.start()
-    try:
-        run.wait_until_done()
-    except BaseException:
-        print(flush=True)
-        raise
-    print(f" {time.monotonic() - started:.0f} s", flush=True)
-
-
-def compare(reference: Path, layout: Path) -> tuple[dict[str, list[Difference]], Difference]:
-    """Return, of two run directories, the differences of every step by metric, and the largest of the weights.
-
-    Raises:
-        VerbFailed: the steps, or the names or shapes of the weights, are not the same.
-    """
-    records = [_train_records(folder / "metrics.jsonl") for folder in (reference, layout)]
-    numbers = [[record["step"] for record in each] for each in records]
-    if numbers[0] != numbers[1]:
-        raise VerbFailed(f"the reference run took the steps {numbers[0]}, and the layout {numbers[1]}")
-    steps = {
-        key: [
-            Difference(relative_difference(one[key], other[key]), f"step {one['step']}")
-            for one, other in zip(*records, strict=True)
-        ]
-        for key in _METRICS
-    }
-    return steps, compare_weights(reference / "model", layout / "model")
-
-
-def relative_difference(expected: float | None, got: float | None) -> float:
-    """Return |got - expected| / |expected|; infinite where one is not a number (null in the metrics file)."""
-    if expected is None or got is None:
-        return math.inf
-    if got == expected:
-        return 0.0
-    return abs(got - expected) / abs(expected) if expected else math.inf
-
-
-def compare_weights(reference: Path, layout: Path) -> Difference:
-    """Return the largest difference of a tensor between two folders of safetensors, and the tensor's name.
-
-    For each tensor: the L2 norm of the difference over the L2 norm of the reference, in float64.
-    """
-    import torch
-    from safetensors import safe_open
-
-    places = [_places(folder) for folder in (reference, layout)]
-    if places[0].keys() != places[1].keys() or not places[0]:
-        names = sorted(places[0].keys() ^ places[1].keys())
-        raise VerbFailed(f"the runs did not write the same weights; only one has: {', '.join(names[:5]) or 'any'}")
-    largest = Difference(-1.0, "")
-    for name in sorted(places[0]):
-        tensors = []
-        for place in places:
-            with safe_open(place[name], framework="pt") as file:
-                tensors.append(file.get_tensor(name).to(torch.float64))
-        expected, got = tensors
-        if expected.shape != got.shape:
-            raise VerbFailed(f"{name} is of shape {list(expected.shape)} in the reference, and {list(got.shape)}")
-        difference, norm = (float(torch.linalg.vector_norm(each)) for each in (got - expected, expected))
-        figure = difference / norm if norm else (math.inf if difference else 0.0)
-        if math.isnan(figure):
-            return Difference(math.inf, name)
-        largest = max(largest, Difference(figure, name), key=lambda each: each.figure)
-    return largest
-
-
-def _places(folder: Path) -> dict[str, Path]:
-    """Return the file of every tensor in ``folder``."""
-    from safetensors import safe_open
-
-    places = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            places |= dict.fromkeys(file.keys(), path)
-    return places
-
-
-def _train_records(path: Path) -> list[dict[str, Any]]:
-    return [record for record in map(json.loads, path.read_text().splitlines()) if record["kind"] == "train"]
-
-
-def _print_table(steps: dict[str, list[Difference]], weights: Difference) -> None:
-    rows = {_METRICS[key]: max(found, key=lambda each: each.figure) for key, found in steps.items()}
-    print(f"{'':<17}{'largest relative difference':<29}at")
-    for name, difference in (rows | {"updated weights": weights}).items():
-        print(f"{name:<17}{difference.figure:<29.1e}{difference.where if difference.figure else '-'}")
-
-
-def _hints(tree: dict[str, Any], model_folder: Path, *, only_weights: bool) -> list[str]:
-    """Return what to look at, what applies for certain first."""
-    hints = []
-    if tree["distributed"].get("mixed_precision") != "float32" or tree["model"].get("dtype") == "bfloat16":
-        hints.append("bf16 keeps three digits: compare with distributed.mixed_precision=float32 model.dtype=float32")
-    if only_weights and tree["optimizer"]["_target_"].endswith(".adamw"):
-        hints.append("AdamW moves a weight whose gradient is rounding noise as far as any: compare with optimizer=sgd")
-    rates = _dropout_rates(model_folder / "config.json")
-    found = f", here {', '.join(rates)}" if rates else ""
-    hints.append(
-        f"dropout in the model{found}: ranks draw numbers of their own; set it to 0 in the model's config.json"
-    )
-    hints.append("an attention kernel that sums in another order: compare with model.attn_implementation=eager")
-    return hints
-
-
-def _dropout_rates(config: Path) -> list[str]:
-    if not config.is_file():  # of adapters, which have no configuration of the model beside them
-        return []
-    values = json.loads(config.read_text()).items()
-    return [f"{key}={value}" for key, value in values if ("drop" in key) and isinstance(value, float) and value > 0]
 
 
 if __name__ == "__main__":

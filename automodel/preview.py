@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from automodel.cli.command_line import load_one_config, read_own_keys, run_verb, whole_number
+from pydantic import Field
+
+from automodel.cli.command_line import load_one_config, read_own_keys, rows_of_keys, run_verb
+from automodel.config.schema import Section
 from automodel.logs import get_logger
 from automodel.types import IGNORE_INDEX, ExitStatus, UserError
 
@@ -23,39 +26,44 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-USAGE = """python -m automodel.preview [FILE.yaml] [key=value of a run ...] [preview.num_rows=3]
-
-Shows the first rows as they would be trained on, with the supervised tokens marked, and counts what becomes of all of
-them. Nothing is trained and nothing is written but the cache of prepared rows.
-
-Keys
-  preview.num_rows=3       rows shown of each source
-
-Status 0: fine; 2: wrong input, or rows that would train wrongly.
-All other keys: python -m automodel.run --help"""
-
 _NUM_BINS = 12
 _BAR_WIDTH = 40
-_NUM_ROWS = "preview.num_rows"
+
+
+class Keys(Section):
+    num_rows: Annotated[int, Field(ge=0)] = Field(3, description="rows shown from each source")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Preview the rows of the command line ``argv`` (default: this process's) and leave with the status."""
-    run_verb(_work, argv, usage=USAGE)
+    run_verb(_work, argv, usage=_usage)
 
 
 def _work(argv: list[str]) -> ExitStatus:
     from automodel.logs import setup_logging
 
-    values, rest, problems = read_own_keys(argv, {_NUM_ROWS: whole_number(3, least=0)})
+    keys, rest, problems = read_own_keys(argv, "preview", Keys)
     cfg = load_one_config(rest, problems)
     setup_logging(0)
-    problems = preview(cfg, num_rows=values[_NUM_ROWS])
+    problems = preview(cfg, num_rows=keys.num_rows)
     if problems and cfg.data_checks != "warn":
         raise UserError(*problems)
     for problem in problems:
         log.warning("%s", problem)
     return ExitStatus.DONE
+
+
+def _usage() -> str:
+    return f"""python -m automodel.preview [FILE.yaml] [key=value of a run ...] [preview.num_rows=3]
+
+Shows the first rows as they would be trained on, with the supervised tokens marked, and counts truncated, dropped and
+damaged rows. Nothing is trained, and nothing is written but the cache of prepared rows.
+
+Keys
+{rows_of_keys("preview", Keys)}
+
+Status 0: fine; 2: wrong input, or rows that would train wrongly.
+All other keys: python -m automodel.run --help"""
 
 
 def preview(cfg: Config, *, num_rows: int, console: Console | None = None) -> list[str]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from automodel.cli.sweep import run_sweep
 from automodel.config import (
     Config,
     has_help,
@@ -20,7 +21,6 @@ from automodel.config.arguments import DRY_BUILD
 from automodel.config.targets import resolve
 from automodel.launch.local import LocalLaunch
 from automodel.launch.submission import forget_interactive_step, submission_of
-from automodel.launch.sweep import run_sweep
 from automodel.launch.worker import die_with_launcher, exit_process, is_worker
 from automodel.logs import get_logger, setup_logging
 from automodel.runner.process import report_problems, run_rank

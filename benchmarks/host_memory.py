@@ -27,14 +27,15 @@ import torch
 import transformers
 import yaml
 
-from automodel import export as export_verb
 from automodel.checkpoint.retention import Retention
 from automodel.checkpoint.training import Checkpointer, TrainState
 from automodel.distributed.parallel.ddp import DDP
 from automodel.distributed.parallel.fsdp2 import FSDP2
+from automodel.export import read_command_line
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.models.hf import HFModel
 from automodel.models.sharded_loading import unfilled_model
+from automodel.runner import export_checkpoint
 from automodel.tasks.causal_lm import CausalLM
 from tests.dist.pool import RankPool
 from tests.dist.tiny import cpu_info
@@ -168,8 +169,8 @@ def export(folder: Path, verify: str) -> None:
     """Export the newest checkpoint as the verb does."""
     argv = [str(folder / "run" / "checkpoints" / "latest"), str(folder / verify), f"export.verify={verify}"]
     argv.append("export.max_shard_size=25MB")
-    options = export_verb.read_command_line(argv)
-    export_verb.export(options, export_verb.read_run(options))
+    options = read_command_line(argv)
+    export_checkpoint.export(options, export_checkpoint.read_run(options))
 
 
 if __name__ == "__main__":

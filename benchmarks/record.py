@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from automodel.runs.records import read_records
 from tests.conftest import SHARED_DATA
 from tests.dist.parity import Task, run_layout
 from tests.dist.pool import RankPool
@@ -131,7 +132,7 @@ def _figures_of_commands(command_lines: list[list[str]]) -> dict[str, Any]:
             )
             if done.returncode:
                 raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = read_records(run / "metrics.jsonl")
         weights: dict[str, torch.Tensor] = {}
         for path in sorted((run / "model").glob("*.safetensors")):
             with safe_open(path, "pt") as file:

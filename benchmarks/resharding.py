@@ -51,7 +51,7 @@ def title(layout: tuple[int, str]) -> str:
 
 def resumed(argv: list[str], whole: Path, layout: tuple[int, str]) -> str:
     """Go on from the middle of ``whole`` in ``layout`` and return how far from it that ends."""
-    from automodel.check_parity import compare
+    from automodel.proofs.parity import compare
 
     again = whole.with_name("again")
     shutil.copytree(whole, again, symlinks=True)

@@ -17,6 +17,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from automodel.runs.records import read_records
+
 ARGV = (
     "evaluation=loss", "validation_dataset=none", "dataset.limit=64", "step_scheduler.local_batch_size=8",
     "step_scheduler.global_batch_size=16", "step_scheduler.max_steps=2", "launch.nproc_per_node=2",
@@ -40,8 +42,7 @@ def _whole_run() -> str:
     with tempfile.TemporaryDirectory() as folder:
         argv = [sys.executable, "-m", "automodel.run", *ARGV, f"output_dir={folder}/run"]
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
-        metrics = Path(folder) / "run" / "metrics.jsonl"
-        steps = metrics.read_text().count('"kind": "train"') if metrics.exists() else 0
+        steps = len(read_records(Path(folder) / "run" / "metrics.jsonl", "train"))
     noise = [line for line in done.stderr.splitlines() if "terminate called" in line or "Traceback" in line]
     return f"status {done.returncode}, {steps} steps{', ' + noise[0] if noise else ''}"
 

@@ -5,7 +5,6 @@ Prints the median and the range of each over several runs; every run is a proces
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
@@ -13,6 +12,8 @@ import tempfile
 import time
 from datetime import datetime
 from pathlib import Path
+
+from automodel.runs.records import read_records
 
 NUM_RUNS = 5
 
@@ -30,8 +31,7 @@ def seconds_to_first_step() -> float:
         start = time.time()
         argv = ["step_scheduler.max_steps=1", f"output_dir={folder}/run"]
         subprocess.run([sys.executable, "-m", "automodel.run", *argv], capture_output=True, check=True)
-        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
-    first = next(record for record in map(json.loads, lines) if record["kind"] == "train")
+        first = read_records(Path(folder) / "run" / "metrics.jsonl", "train")[0]
     return datetime.fromisoformat(first["timestamp"]).timestamp() - start
 
 

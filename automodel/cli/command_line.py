@@ -1,66 +1,36 @@
-"""The command line of a verb: keys of its own beside those of a run, and the status it leaves with."""
+"""The command line of a verb: its own keys beside those of a run, and its exit status."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from pydantic import ValidationError
 
 from automodel.config import Config, has_help, hydra_flags, load_config, sweep_jobs
+from automodel.config.help import key_row
+from automodel.config.messages import as_yaml, pydantic_problems
 from automodel.config.names import did_you_mean
+from automodel.config.overrides import parse_overrides
+from automodel.config.schema import Section
 from automodel.launch.worker import is_worker
 from automodel.secrets import masked_text
 from automodel.types import ExitStatus, RunError, UserError
 
-
-class VerbFailed(RunError):
-    """What the verb was to do, or to show, came to nothing; the message says how."""
+Keys = TypeVar("Keys", bound=Section)
 
 
-@dataclass(frozen=True)
-class OwnKey:
-    """A key that the verb alone knows.
-
-    Attributes:
-        default: its value where it is not given.
-        read: returns the value of a text, or raises ValueError.
-        expected: what the text must be, for the message.
-        choices: the texts it may be, where they are few.
-    """
-
-    default: Any
-    read: Callable[[str], Any]
-    expected: str
-    choices: tuple[str, ...] = ()
-
-
-def whole_number(default: int, *, least: int) -> OwnKey:
-    """Return a key whose value is a whole number of at least ``least``."""
-
-    def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise ValueError(text)
-        return int(text)
-
-    return OwnKey(default, read, f"a whole number of at least {least}")
-
-
-def one_of(default: str | None, choices: tuple[str, ...]) -> OwnKey:
-    """Return a key whose value is one of ``choices``."""
-    return OwnKey(default, lambda text: choices[choices.index(text)], f"one of {', '.join(choices)}", choices)
-
-
-def run_verb(work: Callable[[list[str]], ExitStatus], argv: Sequence[str] | None, *, usage: str) -> None:
-    """Show ``usage`` if that is asked for, else do ``work`` and leave the process with its status.
+def run_verb(work: Callable[[list[str]], ExitStatus], argv: Sequence[str] | None, *, usage: Callable[[], str]) -> None:
+    """Print the usage if help is requested, else do ``work``; exit with its status.
 
     Args:
         argv: default: this process's.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if has_help(argv):
-        print(usage)
+        print(usage())
         return
     try:
         status = work(argv)
@@ -68,7 +38,7 @@ def run_verb(work: Callable[[list[str]], ExitStatus], argv: Sequence[str] | None
         for problem in error.problems:
             print(f"error: {masked_text(problem)}", file=sys.stderr)
         status = ExitStatus.BAD_INPUT
-    except VerbFailed as error:
+    except RunError as error:
         print(f"failed: {masked_text(str(error))}", file=sys.stderr)
         status = ExitStatus.FAILED
     except KeyboardInterrupt:
@@ -77,26 +47,42 @@ def run_verb(work: Callable[[list[str]], ExitStatus], argv: Sequence[str] | None
     sys.exit(status)
 
 
-def read_own_keys(argv: Sequence[str], keys: Mapping[str, OwnKey]) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Return the value of every key of the verb, the rest of ``argv``, and what is wrong with the former.
+def rows_of_keys(section: str, keys: type[Section]) -> str:
+    """Return the lines of a usage text about a verb's own keys: name, default and description of each field."""
+    return "\n".join(
+        key_row(f"  {section}.{name}={as_yaml(field.default)}", field.description or "", column=34)
+        for name, field in keys.model_fields.items()
+    )
+
+
+def read_own_keys(argv: Sequence[str], section: str, keys: type[Keys]) -> tuple[Keys, list[str], list[str]]:
+    """Return the verb's own keys, the rest of ``argv``, and the problems of the own keys, one line each.
+
+    Values are written as those of a run's keys are. Where there are problems, the values returned are the defaults.
 
     Args:
-        keys: by name, such as ``preview.num_rows``; all begin with the same section.
+        section: the name before the dot, such as ``preview`` in ``preview.num_rows``.
+        keys: the fields of that section, each with a default.
     """
-    section = next(iter(keys)).partition(".")[0]
     own = [arg for arg in argv if "=" in arg and key_of(arg).partition(".")[0] == section]
-    values, problems = {key: each.default for key, each in keys.items()}, []
-    for arg in own:
-        key, text = key_of(arg), arg.partition("=")[2]
-        if key not in keys:
-            problems.append(f"{key} is not a known key{did_you_mean(key, keys) or '; there are: ' + ', '.join(keys)}")
-            continue
-        try:
-            values[key] = keys[key].read(text)
-        except ValueError:
-            hint = did_you_mean(text, keys[key].choices)
-            problems.append(f"{key}={text} must be {keys[key].expected}{hint}")
-    return values, [arg for arg in argv if arg not in own], problems
+    rest = [arg for arg in argv if arg not in own]
+    problems: list[str] = []
+    given = {
+        override.key_or_group.partition(".")[2]: override.value()
+        for override in parse_overrides(own, problems, is_sweep=False)
+    }
+    try:
+        return keys.model_validate(given), rest, problems
+    except ValidationError as error:
+        known = [f"{section}.{name}" for name in keys.model_fields]
+        problems += [_with_known(line, known) for line in pydantic_problems(error, prefix=f"{section}.")]
+        return keys(), rest, problems
+
+
+def _with_known(line: str, known: list[str]) -> str:
+    """Add the closest key, or else all keys, to a line about an unknown one."""
+    key, unknown, _ = line.partition(" is not a known key")
+    return line + (did_you_mean(key, known) or f"; there are: {', '.join(known)}") if unknown else line
 
 
 def key_of(arg: str) -> str:
@@ -105,7 +91,14 @@ def key_of(arg: str) -> str:
 
 
 def load_one_config(argv: list[str], problems: Sequence[str] = ()) -> Config:
-    """Return the configuration of a run, or raise UserError with its problems after those found before."""
+    """Return the configuration of a run.
+
+    Args:
+        problems: those found before, which are raised together with those of the configuration.
+
+    Raises:
+        UserError: there are problems.
+    """
     try:
         cfg = load_config(argv)
     except UserError as error:
@@ -115,16 +108,19 @@ def load_one_config(argv: list[str], problems: Sequence[str] = ()) -> Config:
     return cfg
 
 
-def require_alone(verb: str, argv: list[str], problems: Sequence[str] = ()) -> None:
-    """Refuse to start runs from within a job, and of more than one configuration.
+def read_alone(verb: str, argv: list[str], section: str, keys: type[Keys]) -> tuple[Keys, Config, list[str]]:
+    """Return the own keys, the configuration and the rest of ``argv`` for a verb that starts runs itself.
 
     Raises:
-        UserError: this is one rank of a job, or ``argv`` holds a sweep or a flag of Hydra's; with ``problems`` as well.
+        UserError: this is one rank of a job, ``argv`` holds a sweep or a flag of Hydra's, or anything else is wrong;
+            with all problems of the command line.
     """
+    values, rest, problems = read_own_keys(argv, section, keys)
     if is_worker(os.environ):
         raise UserError(
-            f"{verb} starts the processes of its runs itself, and this one was started as a rank of a job "
+            f"{verb} starts the processes of its runs itself, but this one was started as a rank of a job "
             "(RANK or SLURM_STEP_ID is in the environment): start it once, outside torchrun and srun"
         )
-    if sweep_jobs(argv) is not None or hydra_flags(argv):
+    if sweep_jobs(rest) is not None or hydra_flags(rest):
         raise UserError(*problems, f"{verb} takes one configuration: leave out -m, --cfg and the like")
+    return values, load_one_config(rest, problems), rest

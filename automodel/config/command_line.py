@@ -15,7 +15,7 @@ from automodel.config.choices import choose_missing, is_stand_in, read_as_place
 from automodel.config.compose import Source
 from automodel.config.foreign_names import find_foreign
 from automodel.config.groups import config_groups, exists, options_with, shipped_keys
-from automodel.config.names import key_hint, leaf_keys, nearest
+from automodel.config.names import did_you_mean, key_hint, leaf_keys
 from automodel.config.overrides import choice_problems, lines_of, parse_overrides
 from automodel.config.targets import check_target
 
@@ -197,9 +197,9 @@ def _unknown_key(key: str, base: dict[str, Any], source: Source, *, value: str) 
         if told and first not in section:
             return told
     known = [each for each in leaf_keys(base) if each.startswith(f"{top}.")] if top in base else leaf_keys(base)
-    near = nearest(key, [*source.groups, *base]) if "." not in key and find_foreign(key) is None else None
-    hint = f"; did you mean {near}?" if near else key_hint(key, known, value)
-    return [f"{key} is not a known key{hint or '; python -m automodel.run --help lists the keys'}"]
+    hint = did_you_mean(key, [*source.groups, *base]) if "." not in key and find_foreign(key) is None else ""
+    hint = hint or key_hint(key, known, value) or "; python -m automodel.run --help lists the keys"
+    return [f"{key} is not a known key{hint}"]
 
 
 def _is_open(tree: Any, parent: str) -> bool:

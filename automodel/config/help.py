@@ -51,9 +51,9 @@ def help_text(argv: list[str] | None = None) -> str:
         if group in ("tuned", "tuned_optimizer"):
             continue
         lines.append(f"  {group}")
-        lines += [_row(f"    {option}", headline(group, option), column=20) for option in options]
+        lines += [key_row(f"    {option}", headline(group, option), column=20) for option in options]
     lines += ["", "Keys: key=value"]
-    lines += [_row(f"  {key.name}={key.default}", key.comment) for key in fixed_keys()]
+    lines += [key_row(f"  {key.name}={key.default}", key.comment) for key in fixed_keys()]
     for group, options in groups.items():
         if group not in _HIDDEN and group != "validation_dataset":
             lines += _group_rows(group, options)
@@ -95,7 +95,7 @@ def _chosen(argv: list[str], groups: dict[str, list[str]]) -> list[tuple[str, st
 
 
 def _option_help(group: str, option: str) -> str:
-    rows = [_row(f"  {key.name}={key.default}", key.comment) for key in option_keys(group, option)]
+    rows = [key_row(f"  {key.name}={key.default}", key.comment) for key in option_keys(group, option)]
     return "\n".join([f"{group}={option}", *_wrapped(headline(group, option), "  "), "", *rows])
 
 
@@ -110,7 +110,7 @@ def _group_rows(group: str, options: list[str]) -> list[str]:
     rows = []
     for key, found in sorted(of.items(), key=lambda item: names.index(item[0].name)):
         which = "" if set(found) == with_keys and len(with_keys) > 1 else f"[{', '.join(found)}] "
-        rows.append(_row(f"  {key.name}={key.default}", f"{which}{key.comment}".rstrip()))
+        rows.append(key_row(f"  {key.name}={key.default}", f"{which}{key.comment}".rstrip()))
     return rows
 
 
@@ -127,7 +127,7 @@ def _commented(text: str, prefix: str) -> list[Key]:
     return found
 
 
-def _row(left: str, right: str, *, column: int | None = None) -> str:
+def key_row(left: str, right: str, *, column: int | None = None) -> str:
     """Return a key and its words, wrapped to the width of the screen and never cut."""
     column = column or min(_LEFT, _width() // 2)
     if not right:

@@ -44,7 +44,7 @@ def _line(key: str, items: list[Any]) -> str:
     for item in items:
         if item["type"] == "literal_error" and isinstance(given, str):
             hint = did_you_mean(given, item["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "))
-    return f"{key}={_shown(given)} must be {expected}{hint or _reading_hint(given, kinds)}"
+    return f"{key}={as_yaml(given)} must be {expected}{hint or _reading_hint(given, kinds)}"
 
 
 def _reading_hint(given: Any, kinds: list[str]) -> str:
@@ -86,8 +86,8 @@ def _expected(item: Any) -> str:
     return item["msg"].removeprefix("Input should be ")
 
 
-def _shown(value: Any) -> str:
-    """Return a value as it stands in YAML."""
+def as_yaml(value: Any) -> str:
+    """Return a value as YAML writes it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)

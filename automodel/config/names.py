@@ -1,4 +1,4 @@
-"""Find the nearest valid name for a misspelt one."""
+"""Find the valid name closest to a misspelt one; every message that proposes a name uses this module."""
 
 from __future__ import annotations
 
@@ -10,15 +10,25 @@ from automodel.config.foreign_names import find_foreign
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """Return the name most like ``name``, or None where none is near."""
-    found = get_close_matches(name, list(names), n=1, cutoff=0.6)
+    """Return the name most like ``name``, or None if none is close."""
+    found = get_close_matches(name, list(names), n=1)
     return found[0] if found else None
 
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return words to end a message with, or an empty string."""
+def sorted_by_likeness(name: str, names: Iterable[str]) -> list[str]:
+    """Return all of ``names``, the one most like ``name`` first."""
+    names = list(names)
+    return get_close_matches(name, names, n=max(1, len(names)), cutoff=0.0)
+
+
+def did_you_mean(name: str, names: Iterable[str], *, quote: str = "") -> str:
+    """Return the end of a message that proposes the closest name, or an empty string.
+
+    Args:
+        quote: put around the name, for names that may hold spaces.
+    """
     found = nearest(name, names)
-    return f"; did you mean {found}?" if found else ""
+    return f"; did you mean {quote}{found}{quote}?" if found else ""
 
 
 def nearest_key(key: str, keys: Iterable[str]) -> str | None:

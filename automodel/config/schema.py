@@ -21,7 +21,7 @@ def _number_is_text(value: Any) -> Any:
 Text = Annotated[str, BeforeValidator(_number_is_text)]
 OptionalTarget = Annotated[Target | None, BeforeValidator(_empty_is_none)]
 Cadence = PositiveInt | Literal["auto"] | None
-PositiveNumber = Annotated[float, Field(gt=0)]
+PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -47,71 +47,71 @@ class Recipe(Section):
 
 
 class DistEnv(Section):
-    backend: Text = Field(description="by device (cuda nccl, cpu gloo, ...), or one by name")
-    timeout_minutes: PositiveNumber = Field(description="how long collectives may take while training")
-    init_timeout_minutes: PositiveNumber = Field(description="the same while starting, evaluating and saving")
+    backend: Text
+    timeout_minutes: PositiveNumber
+    init_timeout_minutes: PositiveNumber
 
 
 class Rng(Section):
-    seed: Annotated[int, Field(ge=0)] = Field(description="of the order of rows, fresh weights and dropout")
-    deterministic: bool = Field(description="bit for bit on CUDA as well, at its price")
+    seed: Annotated[int, Field(ge=0)]
+    deterministic: bool
 
 
 class StepSchedulerSection(Section):
-    global_batch_size: PositiveInt = Field(description="rows an optimizer step, over all ranks; with peft 16")
-    local_batch_size: PositiveInt = Field(description="rows a micro-batch, on each rank")
-    num_epochs: PositiveInt = Field(description="epochs or max_steps: whichever ends first")
-    max_steps: PositiveInt | None = Field(description="optimizer steps at most")
-    val_every_steps: Cadence = Field(description="auto: before, a few times on the way, at the end; null: at the end")
-    ckpt_every_steps: Cadence = Field(description="auto: so that a kill loses minutes; null: at the end")
-    log_every_steps: PositiveInt = Field(description="steps between logged lines")
+    global_batch_size: PositiveInt
+    local_batch_size: PositiveInt
+    num_epochs: PositiveInt
+    max_steps: PositiveInt | None
+    val_every_steps: Cadence
+    ckpt_every_steps: Cadence
+    log_every_steps: PositiveInt
 
 
 class DataLoaderSection(Section):
-    num_workers: Annotated[int, Field(ge=0)] = Field(description="processes that read ahead")
-    drop_last: bool = Field(description="drop the short last global batch instead of training it")
-    length_grouped: bool = Field(description="put rows of about one length into a step, so that little is padded")
-    max_tokens_per_batch: PositiveInt | None = Field(description="a micro-batch takes so many tokens, not so many rows")
+    num_workers: Annotated[int, Field(ge=0)]
+    drop_last: bool
+    length_grouped: bool
+    max_tokens_per_batch: PositiveInt | None
 
 
 class Packing(Section):
-    enabled: bool = Field(description="put several documents into one row, kept apart")
-    max_length: PositiveInt | None = Field(description="tokens of a packed row; null: dataset.max_length")
+    enabled: bool
+    max_length: PositiveInt | None
 
 
 class ClipGradNorm(Section):
-    max_norm: PositiveNumber | None = Field(description="null: off; the norm is logged all the same")
+    max_norm: PositiveNumber | None
 
 
 class CheckpointSection(Section):
-    enabled: bool = Field(description="write training checkpoints")
-    resume: Text = Field(description="auto, never, or the path of a checkpoint to begin at")
-    allow_changes: bool = Field(description="continue although seed, batch, rows or model have changed")
-    keep_last: PositiveInt | None = Field(description="how many of the newest are kept; null: all")
-    keep_every: PositiveInt | None = Field(description="those of every so many steps are kept as well")
-    keep_best: Text | None = Field(description="the best as well: min:loss or max:metric/NAME")
-    async_save: bool = Field(description="write in the background, from a copy in host memory")
-    on_error: Literal["stop", "continue"] = Field(description="after a write that failed; the last must succeed")
+    enabled: bool
+    resume: Text
+    allow_changes: bool
+    keep_last: PositiveInt | None
+    keep_every: PositiveInt | None
+    keep_best: Text | None
+    async_save: bool
+    on_error: Literal["stop", "continue"]
 
 
 class Export(Section):
-    enabled: bool = Field(description="write the final model as a Hugging Face directory")
-    verify: bool = Field(description="load it again and compare its logits before it counts as written")
+    enabled: bool
+    verify: bool
 
 
 class Config(Section):
     """The whole configuration; sections with a ``_target_`` stay plain dicts."""
 
     recipe: Recipe
-    output_dir: Text | None = Field(description="default: outputs/<recipe>/<run id>")
+    output_dir: Text | None
     dist_env: DistEnv
     rng: Rng
     step_scheduler: StepSchedulerSection
     dataloader: DataLoaderSection
     packing: Packing
-    data_checks: Literal["auto", "strict", "warn"] = Field(description="stop at what is surely wrong, at all, or never")
+    data_checks: Literal["auto", "strict", "warn"]
     clip_grad_norm: ClipGradNorm
-    on_non_finite: Literal["stop", "skip"] = Field(description="stop, or skip and go on; never a weight changed")
+    on_non_finite: Literal["stop", "skip"]
     checkpoint: CheckpointSection
     export: Export
     model: Target

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+from automodel.config.names import sorted_by_likeness
 from automodel.types import UserError
 
 if TYPE_CHECKING:
@@ -117,8 +117,8 @@ def _unknown_modules(model: nn.Module, key: str, names: str | list[str]) -> Iter
     linear = list(_last_parts(name for name, module in model.named_modules() if _is_linear(module)))
     for name in names:
         if not any(module == name or module.endswith(f".{name}") for module in modules):
-            near = get_close_matches(name, linear, n=len(linear), cutoff=0.0)
-            yield f"{what}: the model has no module {name}; its linear ones, nearest first: {', '.join(near)}"
+            near = ", ".join(sorted_by_likeness(name, linear))
+            yield f"{what}: the model has no module {name}; its linear ones, nearest first: {near}"
 
 
 def _matches(pattern: str, names: list[str]) -> bool:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from automodel.check_parity import both_configs, compare, compare_weights, main, read_command_line
-from automodel.cli.command_line import VerbFailed
+from automodel.check_parity import main, read_command_line
 from automodel.config import Config, load_config, resolved_yaml
+from automodel.proofs.parity import both_configs, compare, compare_weights
+from automodel.types import RunError
 from tests.recipes.command import FAST, ROOT
 
 LAYOUT = ["launch.nproc_per_node=2", "distributed=fsdp2"]
@@ -137,7 +138,7 @@ def test_help_needs_no_torch():
 
 def configs_of(*argv: str) -> tuple[dict[str, dict], list[str]]:
     own, cfg, sets_precision = read_command_line(list(argv))
-    return both_configs(cfg, num_steps=own["parity.num_steps"], sets_precision=sets_precision)
+    return both_configs(cfg, num_steps=own.num_steps, sets_precision=sets_precision)
 
 
 def test_the_reference_differs_from_the_layout_in_distributed_and_launch_alone(tmp_path):
@@ -213,5 +214,5 @@ def test_runs_that_wrote_other_weights_cannot_be_compared(tmp_path):
     wider = write_run(tmp_path / "c", losses=[], up=torch.ones(3))
     none = write_run(tmp_path / "d", losses=[])
     for first, second, words in ((one, more, "only one has: down"), (one, wider, "of shape"), (none, none, "any")):
-        with pytest.raises(VerbFailed, match=words):
+        with pytest.raises(RunError, match=words):
             compare_weights(first / "model", second / "model")

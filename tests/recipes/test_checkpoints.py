@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from automodel.verify_resume import different_files, first_difference, main
+from automodel.proofs.resume import different_files, first_difference
+from automodel.verify_resume import main
 from tests.recipes.command import FAST, ROOT, records, run
 
 LOSSES = "loss_fn._target_=tests.recipes.faulty_losses."

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from automodel.cli.command_line import load_one_config, read_own_keys, whole_number
+from automodel.cli.command_line import load_one_config, read_own_keys
 from automodel.config import load_command_line, load_config, resolved_yaml
 from automodel.config.arguments import read_arguments
 from automodel.config.command_line import compose_command_line, hydra_command_line
@@ -15,6 +15,7 @@ from automodel.config.foreign_names import SECTIONS, find_foreign
 from automodel.config.groups import config_groups, shipped_keys
 from automodel.config.migration_page import migration_page
 from automodel.config.overrides import parse_overrides
+from automodel.preview import Keys
 from automodel.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -182,10 +183,8 @@ class TestAFile:
 
     def test_is_taken_by_every_verb(self, here):
         file = self.write(here, "step_scheduler: {max_steps: 7}\n")
-        values, rest, problems = read_own_keys(
-            [file, "preview.num_rows=1"], {"preview.num_rows": whole_number(3, least=0)}
-        )
-        assert load_one_config(rest, problems).step_scheduler.max_steps == 7 and values == {"preview.num_rows": 1}
+        values, rest, problems = read_own_keys([file, "preview.num_rows=1"], "preview", Keys)
+        assert load_one_config(rest, problems).step_scheduler.max_steps == 7 and values.num_rows == 1
 
     def test_is_what_hydra_shows_too(self, here):
         file = self.write(here, "step_scheduler: {max_steps: 7}\ndataset: {path: rows.jsonl}\n")

@@ -48,8 +48,8 @@ def read_files(files: Sequence[Path], start: Position = Position()) -> Iterator[
     """Yield every row from ``start`` on with the position after it; for a damaged one, its place and the error.
 
     A file is recognised by its content: JSON Lines, a JSON array of objects (or an object with such an array named
-    data, rows or examples), CSV with a header line, plain text (a row of the one field ``text`` for each line that is not
-    blank), Parquet, or gzip of these. Values of CSV are text. NaN and Infinity in JSON, which Python writes for
+    data, rows or examples), CSV with a header line, plain text (a row of the one field ``text`` for each line that is
+    not blank), Parquet, or gzip of these. Values of CSV are text. NaN and Infinity in JSON, which Python writes for
     missing numbers, are taken as numbers. A first line of CSV is always taken as its header.
 
     Memory holds a row at a time, of Parquet a batch of rows, of a JSON document its whole text.

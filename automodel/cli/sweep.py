@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from automodel.config import load_config
 from automodel.launch.run_id import default_run_id
 from automodel.logs import console, get_logger
 from automodel.processes import signal_handler
+from automodel.runs.records import read_records
 from automodel.types import ExitStatus
 
 log = get_logger(__name__)
@@ -102,7 +102,4 @@ def _table(jobs: Sequence[_Job], statuses: Sequence[int]) -> Table:
 
 def _last_losses(metrics: Path) -> dict[str, float]:
     """Return the last loss of every kind of record."""
-    if not metrics.exists():
-        return {}
-    records = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
-    return {record["kind"]: record["loss"] for record in records}
+    return {record["kind"]: record["loss"] for record in read_records(metrics)}

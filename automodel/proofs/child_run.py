@@ -10,9 +10,8 @@ from typing import Any
 
 import yaml
 
-from automodel.cli.command_line import VerbFailed
 from automodel.launch.worker import LAUNCHER_PID
-from automodel.types import ExitStatus, UserError
+from automodel.types import ExitStatus, RunError, UserError
 
 _NUM_LAST_LINES = 30
 
@@ -58,7 +57,7 @@ class ChildRun:
         """Wait until it has ended and return its status; Ctrl-C ends it.
 
         Raises:
-            VerbFailed: it did not end in time.
+            RunError: it did not end in time.
         """
         try:
             return self._process.wait(timeout_sec)
@@ -68,14 +67,14 @@ class ChildRun:
             raise
         except subprocess.TimeoutExpired:
             self._process.kill()
-            raise VerbFailed(f"the {self._name} run did not end within {timeout_sec:.0f} seconds") from None
+            raise RunError(f"the {self._name} run did not end within {timeout_sec:.0f} seconds") from None
 
     def wait_until_done(self) -> None:
         """Wait until it is done.
 
         Raises:
             UserError: its input is wrong.
-            VerbFailed: it ended otherwise.
+            RunError: it ended otherwise.
         """
         status = self.wait()
         lines = self._output.read_text(errors="replace").splitlines()
@@ -83,7 +82,7 @@ class ChildRun:
         if status == ExitStatus.BAD_INPUT and problems:
             raise UserError(*problems)
         if status:
-            raise VerbFailed(self.how_it_ended(status))
+            raise RunError(self.how_it_ended(status))
 
     def how_it_ended(self, status: int) -> str:
         """Return ``status`` in words, with the last lines on its screen."""
