@@ -50,7 +50,7 @@ def run_verb(work: Callable[[list[str]], ExitStatus], argv: Sequence[str] | None
 def rows_of_keys(section: str, keys: type[Section]) -> str:
     """Return the lines of a usage text about a verb's own keys: name, default and description of each field."""
     return "\n".join(
-        key_row(f"  {section}.{name}={as_yaml(field.default)}", field.description or "", column=34)
+        key_row(f"  {section}.{name}={as_yaml(field.default).replace('e-0', 'e-')}", field.description or "", column=34)
         for name, field in keys.model_fields.items()
     )
 

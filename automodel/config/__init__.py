@@ -10,9 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from automodel.capabilities import LATER_KEYS
 from automodel.config.arguments import read_arguments
-from automodel.config.check import cross_checks
+from automodel.config.check import cross_checks, world_size_of
 from automodel.config.command_line import compose_command_line, hydra_command_line, without_launch
 from automodel.config.compose import compose_defaults
 from automodel.config.foreign_names import find_foreign
@@ -22,7 +21,7 @@ from automodel.config.names import key_hint, value_at
 from automodel.config.record import resolved_yaml, secret_keys
 from automodel.config.schema import Config
 from automodel.config.sweep import sweep_jobs
-from automodel.config.targets import check_launch_target, check_recipe, check_target, is_ours, targets_in
+from automodel.config.targets import check_launch_target, check_option, check_recipe, is_ours, targets_in
 from automodel.secrets import lost_keys, masked
 from automodel.types import UserError
 
@@ -86,13 +85,15 @@ def validate(tree: dict[str, Any], env: Mapping[str, str]) -> tuple[Config | Non
     except ValidationError as error:
         problems += [_with_hint(line, tree) for line in pydantic_problems(error)]
         config = _with_defaults_instead(tree, error)
+    world_size = None if config is None else world_size_of(config, env)
     sections = _sections(tree)
-    problems += [line for name, section in sections for line in _check_ours(name, section)]
+    ours = [(key, section) for key, section in sections if is_ours(section) or "_target_" not in section]
+    theirs = [each for each in sections if each not in ours]
     if config is not None:
         problems += cross_checks(config, env)
+    problems += [line for each in ours for line in check_option(*each, config, world_size=world_size)]
     if not problems:
-        theirs = [(name, section) for name, section in sections if not is_ours(section)]
-        problems = [line for name, section in theirs for line in check_target(name, section)]
+        problems = [line for each in theirs for line in check_option(*each, config, world_size=world_size)]
     if not problems and config is not None:
         problems = check_recipe(config.recipe) + check_launch_target(config.launch["_target_"])
     return config, problems
@@ -127,20 +128,14 @@ def _sections(tree: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return found + inner
 
 
-def _check_ours(name: str, section: dict[str, Any]) -> list[str]:
-    return check_target(name, section) if is_ours(section) or "_target_" not in section else []
-
-
 def _with_hint(line: str, tree: dict[str, Any]) -> str:
-    """Add the nearest key to a line about an unknown one, or that it belongs to a later version."""
+    """Add the nearest key to a line about an unknown one."""
     key = line.partition("=")[0]
     if line.endswith(" must be a section of keys") and (foreign := find_foreign(key)) is not None:
         return f"{line}; {foreign.hint(value_at(tree, key))}"
     key, _, rest = line.partition(" is not a known key")
     if key == line or rest:
         return line
-    if any(key == later or key.startswith(f"{later}.") for later in LATER_KEYS):
-        return f"{key} is not available in this version"
     return f"{line}{key_hint(key, _known_keys(), value_at(tree, key))}"
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from automodel.capabilities import ROW_SUFFIXES
 from automodel.config.names import did_you_mean
+from automodel.config.paths import ROW_SUFFIXES
 
 _WITH_VALUE = {
     "--config": "file",

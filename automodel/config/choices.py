@@ -10,6 +10,7 @@ from typing import Any
 
 from automodel.config.groups import exists, is_built_on, options_with
 from automodel.config.paths import looks_like_hub_id, looks_like_path, looks_like_rows
+from automodel.config.targets import is_ours, resolve
 
 _CHOOSABLE = ("model", "dataset", "validation_dataset", "peft", "evaluation")
 """Groups whose default only stands in for what the user has, or does nothing.
@@ -53,9 +54,14 @@ def read_as_place(group: str, value: str) -> Choice | None:
     )
 
 
-def is_stand_in(section: Any) -> bool:
-    """Return whether a section only stands in for what the user has, or holds nothing."""
-    return not section or str(section.get("_target_")).endswith((".DemoModel", ".DemoDataset")) or "jsonl" in section
+def is_choosable(group: str, section: Any) -> bool:
+    """Return whether an option of ``group`` may be chosen for the user in place of ``section``, or beside it."""
+    return group == "logger" or (group in _CHOOSABLE and (not section or _is_stand_in(section)))
+
+
+def _is_stand_in(section: dict[str, Any]) -> bool:
+    """Return whether a shipped option only stands in for what the user has."""
+    return is_ours(section) and getattr(resolve(section["_target_"]), "is_stand_in", False)
 
 
 def choose_missing(

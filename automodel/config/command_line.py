@@ -9,12 +9,11 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 
-from automodel.capabilities import LATER_KEYS, NAMED_BY_USER
 from automodel.config.arguments import Arguments, DashedKey, read_arguments
-from automodel.config.choices import choose_missing, is_stand_in, read_as_place
+from automodel.config.choices import choose_missing, is_choosable, read_as_place
 from automodel.config.compose import Source
 from automodel.config.foreign_names import find_foreign
-from automodel.config.groups import config_groups, exists, options_with, shipped_keys
+from automodel.config.groups import config_groups, exists, is_named_by_user, options_with, shipped_keys
 from automodel.config.names import did_you_mean, key_hint, leaf_keys
 from automodel.config.overrides import choice_problems, lines_of, parse_overrides
 from automodel.config.targets import check_target
@@ -131,7 +130,7 @@ def _complete(parts: _Parts, source: Source, result: Composed) -> dict[str, Any]
         return base
     given = source.file_keys() | {o.key_or_group: _first_value(o) for o in parts.values if not o.is_delete()}
     explicit = {o.key_or_group for o in parts.choices} | source.file_targets()
-    open_groups = [group for group in source.groups if group not in explicit and is_stand_in(base.get(group))]
+    open_groups = [group for group in source.groups if group not in explicit and is_choosable(group, base.get(group))]
     found, doubts = choose_missing(given, base=base, groups=open_groups)
     result.problems += doubts.values()
     parts.values = [o for o in parts.values if o.key_or_group.split(".")[0] not in doubts]
@@ -158,8 +157,8 @@ def _dashed_problem(each: DashedKey) -> str:
 
 
 def _with_plus(line: str) -> str:
-    is_named = line.startswith(tuple(f"{table}{sign}" for table in NAMED_BY_USER for sign in ".="))
-    return f"++{line}" if is_named else line
+    """Add the plus with which Hydra takes a new key, where users name the keys."""
+    return f"++{line}" if is_named_by_user(line.partition("=")[0]) else line
 
 
 def _noted(found: list[str], problems: list[str]) -> bool:
@@ -174,10 +173,8 @@ def _value_problems(override: Override, base: dict[str, Any], source: Source) ->
         return [f"{override.input_line}: a saved configuration has no groups to choose from; change its keys"]
     if key.split(".")[0] == "hydra" or exists(base, key):
         return []
-    if any(key.startswith(f"{table}.") and exists(base, table) for table in NAMED_BY_USER):
+    if is_named_by_user(key) and exists(base, ".".join(key.split(".")[:2])):
         return []
-    if any(key == later or key.startswith(f"{later}.") for later in LATER_KEYS):
-        return [f"{key} is not available in this version"]
     parent = key.rpartition(".")[0]
     if override.is_add() and parent and _is_open(base, parent):
         return []  # the signature of the target decides

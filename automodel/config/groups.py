@@ -64,6 +64,14 @@ def exists(tree: Any, key: str) -> bool:
     return True
 
 
+def is_named_by_user(key: str) -> bool:
+    """Return whether a dotted key is, or lies in, a table that a shipped option leaves empty for users to fill."""
+    group, *rest = key.split(".")
+    return bool(rest) and any(
+        option_tree(group, option).get(rest[0]) == {} for option in config_groups().get(group, ())
+    )
+
+
 def options_with(group: str, keys: list[str]) -> list[str]:
     """Return the shipped options of ``group`` that have all of ``keys``, which are dotted and begin below the group."""
     return [

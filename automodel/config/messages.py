@@ -79,8 +79,11 @@ def _expected(item: Any) -> str:
         return f"one of {context['expected']}".replace("'", "")
     bounds = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
     if kind in bounds:
+        bound = context[bounds[kind]]
+        if kind == "greater_than" and isinstance(bound, int):
+            return f"at least {bound + 1}"
         words = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}[bounds[kind]]
-        return f"{words} {context[bounds[kind]]}"
+        return f"{words} {bound:g}"
     if kind in ("too_short", "too_long"):
         return f"a list of {context.get('min_length', context.get('max_length'))} items"
     return item["msg"].removeprefix("Input should be ")

@@ -8,7 +8,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from automodel.capabilities import LATER_OPTIONS
 from automodel.config.choices import quoted, shell_word
 from automodel.config.names import did_you_mean
 from automodel.config.paths import path_exists
@@ -65,9 +64,6 @@ def choice_problems(override: Override, groups: dict[str, list[str]]) -> list[st
     for value in values_of(override):
         for name in value if isinstance(value, list) else [value]:
             if (name is None and group == "experiment") or str(name) in options:
-                continue
-            if str(name) in LATER_OPTIONS.get(group, ()):
-                problems.append(f"{group}={name} is not available in this version; there are: {', '.join(options)}")
                 continue
             hint = did_you_mean(str(name), options)
             if group == "experiment" and str(name).endswith((".yaml", ".yml")):

@@ -6,7 +6,8 @@ import glob
 import re
 from pathlib import Path
 
-from automodel.capabilities import ROW_SUFFIXES
+ROW_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")
+"""The files that hold rows; each may be gzipped and end in ``.gz`` as well."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -58,7 +58,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 RULES: dict[str, Rule] = {
-    "recipe._target_": Rule("refused", _RECIPE, can_be_allowed=False),
+    "recipe._target_": FREE,  # the name says which recipe it is; earlier versions named another function
     "recipe.name": Rule("refused", _RECIPE, can_be_allowed=False),
     "recipe.evaluations": FREE,
     "recipe.packs": FREE,
@@ -147,6 +147,7 @@ RULES: dict[str, Rule] = {
 _OWN_KEYS = {
     "model": OTHER_MODEL,
     "peft": OTHER_SHAPE,
+    "recipe": TRAINED,
     "dataset": ROWS,
     "distributed": APPLIED,
     "optimizer": TRAINED,

@@ -125,3 +125,8 @@ class Config(Section):
     evaluation: OptionalTarget = None
     logger: dict[str, Target]
     launch: Target
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether there are rows to validate on."""
+        return self.validation_dataset is not None or self.dataset.get("validation_share") is not None

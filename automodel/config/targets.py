@@ -1,4 +1,4 @@
-"""Check the keys of a section with ``_target_`` against the signature of what it names."""
+"""Check a section with ``_target_``: its keys against the signature of its target, then by the target itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import typing
 from collections.abc import Iterator
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
@@ -15,9 +15,32 @@ from automodel.config.foreign_names import find_foreign
 from automodel.config.groups import options_with
 from automodel.config.messages import pydantic_problems
 from automodel.config.names import did_you_mean, key_hint
-from automodel.config.schema import Recipe, Text
+from automodel.config.schema import Config, Recipe, Text
 
 _HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
+
+
+class ChecksItself(Protocol):
+    """What the class or function that a ``_target_`` names may offer, ours or a user's, to check its own keys.
+
+    A single number that is too small needs none of this: the annotation says so (``rank: PositiveInt``).
+    """
+
+    @staticmethod
+    def problems(section: dict[str, Any], cfg: Config, *, key: str, world_size: int) -> Iterator[str]:
+        """Yield a line for each mistake: the full key, what was given, and what to do instead.
+
+        It is called before torch is imported and before any process starts, so it must be quick and needs no torch
+        in a shipped option.
+
+        Args:
+            section: the keys that fit the signature and, in a shipped option, its types; wrong ones, which are
+                reported already, are left out, as are required ones that are missing.
+            cfg: the whole configuration; other sections may still hold wrong keys.
+            key: the section's own dotted key, such as ``validation_dataset`` or ``logger.wandb``.
+            world_size: the number of ranks that the run will have.
+        """
+        ...
 
 
 def is_ours(section: dict[str, Any]) -> bool:
@@ -62,40 +85,69 @@ def check_recipe(recipe: Recipe) -> list[str]:
 def check_launch_target(path: str) -> list[str]:
     """Return what is wrong with what ``launch._target_`` names beyond its keys."""
     target = resolve(path)
-    if isinstance(target, type) and (hasattr(target, "submit") or path == "automodel.launch.local.LocalLaunch"):
+    if isinstance(target, type) and (hasattr(target, "submit") or hasattr(target, "run")):
         return []
-    return [f"launch._target_={path} must be a class with a method submit(submission)"]
+    return [
+        f"launch._target_={path} must be a class with a method submit(submission), which hands the run to a cluster, "
+        "or run(module, argv), which starts its workers here"
+    ]
+
+
+def is_cluster(launch: dict[str, Any]) -> bool:
+    """Return whether a section ``launch`` hands the run to a cluster instead of starting it here."""
+    return hasattr(resolve(launch["_target_"]), "submit")
 
 
 def check_target(name: str, section: dict[str, Any]) -> list[str]:
-    """Return what is wrong with a section, a line each; imports its target.
+    """Return what is wrong with the keys of a section, a line each; imports its target.
 
     The keyword arguments must be parameters of the target; those that are required must be there. Types are
     checked for shipped targets alone, whose annotations are plain.
     """
+    return _check_keys(name, section)[0]
+
+
+def check_option(key: str, section: dict[str, Any], cfg: Config | None, *, world_size: int | None) -> list[str]:
+    """Return what ``check_target`` finds and then what the target itself says about the keys that are right.
+
+    Without ``cfg`` or ``world_size``, which are None where they are wrong themselves, the target is not asked.
+    """
+    problems, wrong_keys = _check_keys(key, section)
+    if cfg is None or world_size is None or wrong_keys is None:
+        return problems
+    checks_itself = getattr(resolve(section["_target_"]), "problems", None)
+    if checks_itself is not None:
+        right = {name: value for name, value in section.items() if name not in (*_HYDRA_KEYS, *wrong_keys)}
+        problems += checks_itself(right, cfg, key=key, world_size=world_size)
+    return problems
+
+
+def _check_keys(name: str, section: dict[str, Any]) -> tuple[list[str], set[str] | None]:
+    """Return the problems and the keys that have one; None instead of keys where the target cannot be imported."""
     path = section.get("_target_")
     if not isinstance(path, str):
-        return [f"{name} has no _target_; choose one of the group's options, or name a class or function"]
+        return [f"{name} has no _target_; choose one of the group's options, or name a class or function"], None
     try:
         target = resolve(path)
     except Exception as error:
-        return [f"{name}._target_={path}: cannot be imported: {type(error).__name__}: {error}"]
+        return [f"{name}._target_={path}: cannot be imported: {type(error).__name__}: {error}"], None
     given = {key: value for key, value in section.items() if key not in _HYDRA_KEYS}
     parameters = _parameters(target, is_partial=bool(section.get("_partial_")), has_plain_types=is_ours(section))
     if parameters is None:
-        return []
+        return [], set()
+    unknown = [key for key in given if key not in parameters]
     problems = [
-        f"{name}.{key} is not an option of {_short(path)}{_hint(name, key, parameters, value)}"
-        for key, value in given.items()
-        if key not in parameters
+        f"{name}.{key} is not an option of {_short(path)}{_hint(name, key, parameters, given[key])}" for key in unknown
     ]
     missing = [key for key, (_, default) in parameters.items() if default is ... and given.get(key) in (None, "???")]
     required = [key for key in missing if key not in given or given[key] == "???"]
     problems += [f"{name}.{key} is required: set {name}.{key}=..." for key in required]
+    wrong = {*unknown, *required}
     if is_ours(section):
-        known = {key: value for key, value in given.items() if key in parameters and key not in required}
-        problems += _type_problems(name, {key: parameters[key] for key in known}, known)
-    return problems
+        typed = {key: value for key, value in given.items() if key not in wrong}
+        found, of_wrong_type = _type_problems(name, {key: parameters[key] for key in typed}, typed)
+        return problems + found, wrong | of_wrong_type
+    return problems, wrong
 
 
 def _is_shipped(section: dict[str, Any]) -> bool:
@@ -144,14 +196,17 @@ def _annotation(parameter: inspect.Parameter, names: dict[str, Any] | None) -> A
     return eval(parameter.annotation, names)  # our own source code, written out as text by the future import
 
 
-def _type_problems(name: str, parameters: dict[str, tuple[Any, Any]], given: dict[str, Any]) -> list[str]:
+def _type_problems(
+    name: str, parameters: dict[str, tuple[Any, Any]], given: dict[str, Any]
+) -> tuple[list[str], set[str]]:
+    """Return the problems and the keys that have one."""
     fields: dict[str, Any] = {key: (_lenient(annotation), ...) for key, (annotation, _) in parameters.items()}
     model = create_model("Options", __config__=ConfigDict(strict=True, protected_namespaces=()), **fields)
     try:
         model(**given)
     except ValidationError as error:
-        return pydantic_problems(error, prefix=f"{name}.")
-    return []
+        return pydantic_problems(error, prefix=f"{name}."), {str(item["loc"][0]) for item in error.errors()}
+    return [], set()
 
 
 def _lenient(annotation: Any) -> Any:

@@ -6,7 +6,9 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+from pydantic import Field, PositiveInt
 
 from automodel.data.files.readers import count_rows, local_files, read_files
 from automodel.data.files.split import parse_split
@@ -14,7 +16,11 @@ from automodel.data.formats.choose import FormatName
 from automodel.data.formats.samples import TextLabel
 from automodel.data.prepare.options import OnBadRow, PrepareOptions, Supervise, Truncation, smaller_limit
 from automodel.data.rows import Position, ReadRow, Row
+from automodel.data.source_checks import path_problems, row_problems
 from automodel.types import UserError
+
+if TYPE_CHECKING:
+    from automodel.config import Config
 
 
 class Source(Protocol):
@@ -57,11 +63,12 @@ class DemoDataset:
     """Exercises generated in code; what ``dataset=demo`` configures."""
 
     split: Literal["train", "validation"] = "train"
-    limit: int | None = None
-    max_length: int = 2048
+    limit: PositiveInt | None = None
+    max_length: PositiveInt = 2048
     truncation: Truncation = "right"
 
     streaming = False
+    is_stand_in = True
 
     @property
     def display_name(self) -> str:
@@ -99,19 +106,24 @@ class _RowKeys:
     """The keys that say what the rows of a file or of the hub become."""
 
     split: str = "train"
-    validation_share: float | None = None
+    validation_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     format: FormatName = "auto"
     columns: dict[str, str | None] = field(default_factory=dict)
-    limit: int | None = None
+    limit: PositiveInt | None = None
     on_bad_row: OnBadRow = "stop"
-    max_length: int = 2048
+    max_length: PositiveInt = 2048
     truncation: Truncation = "right"
     supervise: Supervise = "all"
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    num_proc: int | None = None
+    num_proc: PositiveInt | None = None
     streaming: bool = False
-    buffer_rows: int = 10_000
+    buffer_rows: PositiveInt = 10_000
+
+    @staticmethod
+    def problems(section: dict[str, Any], cfg: Config, *, key: str, world_size: int) -> Iterator[str]:
+        """Yield what does not fit together; see ``config/targets.py``."""
+        yield from row_problems(section, cfg, key)
 
     def options(self, model_max_length: int | None) -> PrepareOptions:
         return PrepareOptions(
@@ -134,6 +146,12 @@ class FileDataset(_RowKeys):
     """Rows of local files; what ``dataset=file`` configures, also under its older name ``dataset=jsonl``."""
 
     path: str | list[str]
+
+    @staticmethod
+    def problems(section: dict[str, Any], cfg: Config, *, key: str, world_size: int) -> Iterator[str]:
+        """Yield what does not fit together, and files that are not there; see ``config/targets.py``."""
+        yield from path_problems(f"{key}.path", section.get("path"))
+        yield from row_problems(section, cfg, key)
 
     @property
     def display_name(self) -> str:

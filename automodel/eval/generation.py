@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from pydantic import NonNegativeInt, PositiveInt
 
 from automodel.data.chat.stops import NO_STOPS, Stops
 from automodel.distributed.parallel.handle import handle_of
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from automodel.config import Config
     from automodel.data.prepare.prepared import Prompt
     from automodel.distributed.runtime.agreement import StopPoll
 
@@ -49,11 +52,17 @@ class GenerationEvaluation:
         scorers: further scores by name: (prompt, answer) -> number, of which the mean is reported as ``metric/NAME``.
     """
 
-    batch_size: int = 64
-    max_new_tokens: int = 64
-    num_rows: int | None = None
-    num_samples: int = 5
+    batch_size: PositiveInt = 64
+    max_new_tokens: PositiveInt = 64
+    num_rows: PositiveInt | None = None
+    num_samples: NonNegativeInt = 5
     scorers: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def problems(section: dict[str, Any], cfg: Config, *, key: str, world_size: int) -> Iterator[str]:
+        """Yield what does not fit together; see ``config/targets.py``."""
+        if not cfg.is_validated:
+            yield "evaluation=generation needs rows to answer: a validation_dataset, or dataset.validation_share"
 
     def run(
         self,

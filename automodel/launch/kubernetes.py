@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+from pydantic import NonNegativeInt, PositiveInt
 
+from automodel.launch.job_checks import job_problems
 from automodel.launch.submission import Submission
 from automodel.types import UserError
 
+if TYPE_CHECKING:
+    from automodel.config import Config
+
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _SAVING_SECONDS = 60
 """Between TERM and KILL of a pod: torchrun itself waits 30 s for its ranks."""
 
@@ -21,10 +29,10 @@ class KubernetesLaunch:
 
     dry_run: bool
     image: str
-    nodes: int
-    nproc_per_node: int
-    gpus_per_node: int | None
-    cpus_per_node: int | None
+    nodes: PositiveInt
+    nproc_per_node: PositiveInt
+    gpus_per_node: PositiveInt | None
+    cpus_per_node: PositiveInt | None
     mem: str | None
     namespace: str | None
     job_name: str | None
@@ -32,7 +40,24 @@ class KubernetesLaunch:
     secrets: list[str]
     volumes: dict[str, str]
     working_dir: str | None
-    max_restarts: int
+    max_restarts: NonNegativeInt
+
+    @staticmethod
+    def problems(section: dict[str, Any], cfg: Config, *, key: str, world_size: int) -> Iterator[str]:
+        """Yield what does not fit together, or into a manifest; see ``config/targets.py``."""
+        yield from job_problems(section)
+        if section.get("dry_run") is False:
+            yield (
+                "launch=kubernetes prints a manifest and submits nothing: add launch.dry_run=true, and pass what it "
+                "prints to kubectl apply -f -"
+            )
+        for name in ("job_name", "namespace"):
+            value = section.get(name)
+            if value is not None and not _NAME.fullmatch(value):
+                yield f"launch.{name}={value} must have lower-case letters, digits and - alone, 63 at most"
+        for value in (*section.get("secrets", ()), *section.get("volumes", ())):
+            if not _NAME.fullmatch(value):
+                yield f"launch: {value!r} is not the name of a Secret or a PersistentVolumeClaim"
 
     def submit(self, submission: Submission) -> None:
         """Print the manifest, and on stderr what to do with it.

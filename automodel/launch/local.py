@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from pydantic import NonNegativeInt, PositiveInt
+
 from automodel.launch.continuation import noted_continuation
 from automodel.launch.run_id import default_run_id
 from automodel.launch.worker import LAUNCHER_PID, STATUS_DIR, first_failure
@@ -37,8 +39,8 @@ _SAVING_SECONDS = "600"
 class LocalLaunch:
     """The options of ``launch=local``."""
 
-    nproc_per_node: int = 1
-    max_restarts: int = 0
+    nproc_per_node: PositiveInt = 1
+    max_restarts: NonNegativeInt = 0
 
     def run(self, module: str, argv: list[str]) -> int:
         """Run ``python -m module *argv`` in every worker and return the status of the whole run.

@@ -10,12 +10,19 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jinja2
+from pydantic import PositiveInt
 
 from automodel.environment import FIRST_PORT, NUM_PORTS
+from automodel.launch.job_checks import job_problems
+from automodel.launch.slurm_checks import SHIPPED_TEMPLATES, script_problems
 from automodel.launch.submission import Submission, outside_of_jobs
 from automodel.types import UserError
+
+if TYPE_CHECKING:
+    from automodel.config import Config
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -26,10 +33,10 @@ class SlurmLaunch:
 
     dry_run: bool
     template: str
-    nodes: int
-    nproc_per_node: int
-    gpus_per_node: int | None
-    cpus_per_task: int | None
+    nodes: PositiveInt
+    nproc_per_node: PositiveInt
+    gpus_per_node: PositiveInt | None
+    cpus_per_task: PositiveInt | None
     mem: str | None
     time: str | None
     job_name: str | None
@@ -44,7 +51,13 @@ class SlurmLaunch:
     python: str | None
     container: str | None
     container_mounts: list[str]
-    signal_seconds: int | None
+    signal_seconds: PositiveInt | None
+
+    @staticmethod
+    def problems(section: dict[str, Any], cfg: Config, *, key: str, world_size: int) -> Iterator[str]:
+        """Yield what does not fit together, or into a batch script; see ``config/targets.py``."""
+        yield from job_problems(section)
+        yield from script_problems(section)
 
     def submit(self, submission: Submission) -> None:
         """Submit the run with sbatch and print how to follow it; with ``dry_run`` print the script alone.
@@ -78,7 +91,7 @@ class SlurmLaunch:
         Raises:
             UserError: the template cannot be read or rendered.
         """
-        name = {"srun": "srun.sh.j2", "torchrun": "torchrun.sh.j2"}.get(self.template)
+        name = SHIPPED_TEMPLATES.get(self.template)
         own = Path(self.template).expanduser()
         folders = [_TEMPLATES] if name else [own.parent, _TEMPLATES]
         environment = jinja2.Environment(

@@ -14,8 +14,6 @@ from automodel.launch.worker import is_worker
 from automodel.secrets import masked_text
 from automodel.types import UserError
 
-CLUSTERS = ("slurm", "kubernetes")
-
 
 @dataclass(frozen=True)
 class Submission:
@@ -73,10 +71,11 @@ def outside_of_jobs(env: Mapping[str, str]) -> dict[str, str]:
 def forget_interactive_step(argv: list[str]) -> None:
     """Submit from a shell of ``srun --pty`` as from any other, instead of taking this process for a rank.
 
-    Changes ``os.environ``, where ``argv`` chooses a cluster: the command line of a rank never does.
+    Changes ``os.environ`` where ``argv`` chooses a launcher: the command line of a rank never does.
     """
     has_one_task = "RANK" not in os.environ and os.environ.get("SLURM_NTASKS", "1") == "1"
-    if is_worker(os.environ) and has_one_task and any(f"launch={name}" in argv for name in CLUSTERS):
+    chooses = any(argument.startswith("launch=") and argument != "launch=local" for argument in argv)
+    if chooses and has_one_task and is_worker(os.environ):
         outside = outside_of_jobs(os.environ)
         os.environ.clear()
         os.environ.update(outside)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from automodel.config.names import sorted_by_likeness
 from automodel.types import UserError
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from automodel.config import Config
+
 
 @dataclass(frozen=True)
 class LoRA:
@@ -23,13 +27,21 @@ class LoRA:
     What ``peft=lora`` and ``peft=dora`` configure; see ``conf/peft/lora.yaml``.
     """
 
-    rank: int = 16
-    alpha: float = 32
-    dropout: float = 0.0
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: str | list[str] = "all-linear"
     use_rslora: bool = False
     use_dora: bool = False
     modules_to_save: list[str] | None = None
+
+    @staticmethod
+    def problems(section: dict[str, Any], cfg: Config, *, key: str, world_size: int) -> Iterator[str]:
+        """Yield what does not fit together; see ``config/targets.py``."""
+        if section.get("use_dora") and cfg.distributed.get("tp_size", 1) != 1:
+            yield (
+                "peft.use_dora=true needs the norms of whole weights, which distributed.tp_size splits: use peft=lora"
+            )
 
     def apply(self, model: PreTrainedModel, *, task: Any, new_token_ids: Sequence[int] = ()) -> PeftModel:
         """Freeze ``model`` and add adapters drawn from torch's global generator; a new classifier head is trained.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from automodel.models.checks import attention_problems, fresh_model_problems
 from automodel.models.hf import WeightDtype, build_fresh
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from automodel.config import Config
 
 _MAX_LENGTH = 256
 
@@ -21,6 +25,13 @@ class DemoModel:
     attn_implementation: str | None = None
 
     name = "demo"
+    is_stand_in = True
+
+    @staticmethod
+    def problems(section: dict[str, Any], cfg: Config, *, key: str, world_size: int) -> Iterator[str]:
+        """Yield what does not fit together; see ``config/targets.py``."""
+        yield from fresh_model_problems(cfg)
+        yield from attention_problems(section)
 
     def max_length(self) -> int:
         """Return the most tokens that the model can take."""

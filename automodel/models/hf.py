@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from automodel.logs import get_logger
+from automodel.models.checks import attention_problems, fresh_model_problems, model_problems, tokenizer_problems
 from automodel.types import UserError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from automodel.config import Config
 
 log = get_logger(__name__)
 
@@ -36,6 +39,12 @@ class HFModel:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     resize_embeddings: bool = False
+
+    @staticmethod
+    def problems(section: dict[str, Any], cfg: Config, *, key: str, world_size: int) -> Iterator[str]:
+        """Yield what does not fit together; see ``config/targets.py``."""
+        yield from model_problems("model.pretrained_model_name_or_path", section.get("pretrained_model_name_or_path"))
+        yield from attention_problems(section)
 
     @property
     def name(self) -> str:
@@ -169,6 +178,13 @@ class ScratchModel:
     dtype: WeightDtype = "auto"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+
+    @staticmethod
+    def problems(section: dict[str, Any], cfg: Config, *, key: str, world_size: int) -> Iterator[str]:
+        """Yield what does not fit together; see ``config/targets.py``."""
+        yield from fresh_model_problems(cfg)
+        yield from tokenizer_problems("model.tokenizer_name_or_path", section.get("tokenizer_name_or_path"))
+        yield from attention_problems(section)
 
     @property
     def name(self) -> str:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -29,10 +34,10 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 def adamw(
     params: Sequence[dict[str, Any]],
     *,
-    lr: float = 1e-5,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
+    lr: PositiveFloat = 1e-5,
+    betas: tuple[Beta, Beta] = (0.9, 0.999),
+    eps: NonNegativeFloat = 1e-8,
+    weight_decay: NonNegativeFloat = 0.01,
 ) -> torch.optim.Optimizer:
     """Build AdamW (Loshchilov and Hutter 2019), fused where torch has a fused kernel for the device."""
     import torch
@@ -43,7 +48,11 @@ def adamw(
 
 
 def sgd(
-    params: Sequence[dict[str, Any]], *, lr: float = 1e-3, momentum: float = 0.0, weight_decay: float = 0.0
+    params: Sequence[dict[str, Any]],
+    *,
+    lr: PositiveFloat = 1e-3,
+    momentum: NonNegativeFloat = 0.0,
+    weight_decay: NonNegativeFloat = 0.0,
 ) -> torch.optim.Optimizer:
     """Build stochastic gradient descent, fused where torch has a fused kernel for the device and the sharding."""
     import torch

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field, NonNegativeInt
 
 from automodel.logs import get_logger, warn_for_all
 
@@ -24,14 +26,16 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
+Ratio = Annotated[float, Field(ge=0, le=1)]
+
 
 def cosine(
     optimizer: Optimizer,
     total_steps: int,
     *,
-    warmup_ratio: float = 0.03,
-    warmup_steps: int | None = None,
-    min_lr_ratio: float = 0.0,
+    warmup_ratio: Ratio = 0.03,
+    warmup_steps: NonNegativeInt | None = None,
+    min_lr_ratio: Ratio = 0.0,
 ) -> LRScheduler:
     """Warm up in a straight line, then decay: ``m + (1 - m) * (1 + cos(pi * progress)) / 2``, m the minimum's ratio."""
 
@@ -47,9 +51,9 @@ def linear(
     optimizer: Optimizer,
     total_steps: int,
     *,
-    warmup_ratio: float = 0.03,
-    warmup_steps: int | None = None,
-    min_lr_ratio: float = 0.0,
+    warmup_ratio: Ratio = 0.03,
+    warmup_steps: NonNegativeInt | None = None,
+    min_lr_ratio: Ratio = 0.0,
 ) -> LRScheduler:
     """Warm up in a straight line, then decay in one: ``1 - (1 - m) * progress``, m the minimum's ratio."""
 
@@ -62,7 +66,7 @@ def linear(
 
 
 def constant(
-    optimizer: Optimizer, total_steps: int, *, warmup_ratio: float = 0.03, warmup_steps: int | None = None
+    optimizer: Optimizer, total_steps: int, *, warmup_ratio: Ratio = 0.03, warmup_steps: NonNegativeInt | None = None
 ) -> LRScheduler:
     """Warm up in a straight line, then stay at the peak."""
     num_warmup = _num_warmup(total_steps, warmup_ratio, warmup_steps)

@@ -259,7 +259,7 @@ WRONG = {
     "another model": (["{other}/{step}", "{out}"], "18 weights of the model are missing from it: "),
     "a full folder": (["{last}", "{run}"], "{run} exists and is not empty"),
     "a file": (["{last}", "{run}/run.json"], "{run}/run.json is a file"),
-    "dtype": (["{last}", "{out}", "export.dtype=bfloat"], "float32, bfloat16, float16; did you mean bfloat16?"),
+    "dtype": (["{last}", "{out}", "export.dtype=bfloat"], "float32, bfloat16 or float16; did you mean bfloat16?"),
     "merge": (["{last}", "{out}", "export.merge=true"], "export.merge=true: the run in {run} trained no adapters"),
     "size": (["{last}", "{out}", "export.max_shard_size=big"], "export.max_shard_size=big must be a size such as"),
     "key": (["{last}", "{out}", "export.dtyp=float32"], "export.dtyp is not a known key; did you mean export.dtype?"),

@@ -25,7 +25,7 @@ ROWS = (
     {"data", "models", "losses", "optim", "generation", "hf_export", "loggers"},
     {"checkpoint", "runs"},
     {"distributed", "launch"},
-    {"config", "capabilities", "environment", "processes", "types", "logs", "screen", "secrets"},
+    {"config", "environment", "processes", "types", "logs", "screen", "secrets"},
 )
 BASE = ROWS[-1]
 

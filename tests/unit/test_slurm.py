@@ -248,7 +248,7 @@ def test_a_template_of_ones_own_may_extend_ours(tmp_path):
         ("+launch.environment.HF_TOKEN=x", "sbatch hands the environment on"),
         ("+launch.environment.WANDB_API_KEY=x", "looks like a secret"),
         ("+launch.environment.A=hf_abcdefghijklmnopqrstuvwxyz", "looks like a secret"),
-        ("+launch.environment={a-b:1}", "a variable's name has letters"),
+        ("+launch.environment={a-b:1}", "the name of a variable has letters"),
         ("launch.template=no/such.j2", "is neither a file nor one of: srun, torchrun"),
         ("launch.container_mounts=['/a:/b']", "is set without launch.container"),
         ("launch.nodez=2", "did you mean launch.nodes?"),

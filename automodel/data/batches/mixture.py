@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,13 @@ class MixtureDataset:
     truncation: str = "right"
 
     streaming = False
+
+    @staticmethod
+    def problems(section: dict[str, Any], cfg: Any, *, key: str, world_size: int) -> Iterator[str]:
+        """Yield what is wrong with the sources beyond their own keys."""
+        for name, keys in section.get("sources", {}).items():
+            if isinstance(keys, dict) and keys.get("validation_share") is not None:
+                yield f"{key}.sources.{name}.validation_share: a mixture has none; choose a validation_dataset"
 
     def parts(self) -> dict[str, Any]:
         """Return the sources by name.

@@ -15,13 +15,15 @@ from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
-from automodel.capabilities import ABOUT_DATASETS, ROW_SUFFIXES
+from automodel.config.paths import ROW_SUFFIXES
 from automodel.data.files.json_document import ROW_LIST_NAMES
 from automodel.types import UserError
 
 Kind = Literal["empty", "json_lines", "json_document", "csv", "text", "parquet"]
 
 BOM = codecs.BOM_UTF8
+_ABOUT_DATASETS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""Files that the library ``datasets`` puts beside rows."""
 HEAD_BYTES = 65536  # enough to tell a kind, and little enough to be read again
 
 _NAME_OF_SUFFIX: dict[str, Kind] = {
@@ -179,7 +181,7 @@ def suffix_of(path: Path) -> str:
 
 def is_data_file(path: Path) -> bool:
     """Say whether a file of a folder is taken for rows."""
-    return suffix_of(path) in ROW_SUFFIXES and not path.name.startswith(".") and path.name not in ABOUT_DATASETS
+    return suffix_of(path) in ROW_SUFFIXES and not path.name.startswith(".") and path.name not in _ABOUT_DATASETS
 
 
 def _refuse(path: Path, head: bytes, *, suffix: str) -> None:

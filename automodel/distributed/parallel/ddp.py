@@ -6,11 +6,11 @@ import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from automodel.distributed.parallel.handle import Handle, register_handle
 from automodel.distributed.parallel.layers import enable_activation_checkpointing
-from automodel.distributed.parallel.precision import MixedOrPurePrecision, compute_dtype
+from automodel.distributed.parallel.precision import MixedOrPurePrecision, compute_dtype, precision_problems
 from automodel.distributed.parallel.strategy import Strategy, build_mesh
 from automodel.types import UserError
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
+    from automodel.config import Config
     from automodel.distributed.runtime.dist_info import DistInfo
 
 
@@ -32,6 +33,11 @@ class DDP(Strategy):
     activation_checkpointing: bool = False
 
     name = "ddp"
+
+    @staticmethod
+    def problems(section: dict[str, Any], cfg: Config, *, key: str, world_size: int) -> Iterator[str]:
+        """Yield what does not fit together; see ``config/targets.py``."""
+        yield from precision_problems(section, cfg)
 
     def build_mesh(self, dist_info: DistInfo) -> DeviceMesh:
         """Return the mesh of replicas; every rank must call it."""

@@ -7,10 +7,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pydantic import PositiveInt
+
 from automodel.distributed.parallel.handle import Handle, register_handle, without_compile
 from automodel.distributed.parallel.layers import decoder_layers, enable_activation_checkpointing
-from automodel.distributed.parallel.precision import MixedOrPurePrecision, compute_dtype
-from automodel.distributed.parallel.strategy import REPLICATE_AXIS, SHARD_AXIS, TP_AXIS, Strategy, build_mesh
+from automodel.distributed.parallel.precision import MixedOrPurePrecision, compute_dtype, precision_problems
+from automodel.distributed.parallel.strategy import (
+    REPLICATE_AXIS,
+    SHARD_AXIS,
+    TP_AXIS,
+    Strategy,
+    build_mesh,
+    mesh_problems,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
+    from automodel.config import Config
     from automodel.distributed.runtime.dist_info import DistInfo
 
 
@@ -27,16 +37,24 @@ class FSDP2(Strategy):
 
     defer_grad_sync: bool = True
     mixed_precision: MixedOrPurePrecision = "auto"
-    dp_replicate_size: int = 1
-    tp_size: int = 1
+    dp_replicate_size: PositiveInt = 1
+    tp_size: PositiveInt = 1
     sequence_parallel: bool = False
     reshard_after_forward: bool = True
-    num_prefetched_layers: int = 1
+    num_prefetched_layers: PositiveInt = 1
     cpu_offload: bool = False
     activation_checkpointing: bool = False
 
     name = "fsdp2"
     is_sharded = True
+
+    @staticmethod
+    def problems(section: dict[str, Any], cfg: Config, *, key: str, world_size: int) -> Iterator[str]:
+        """Yield what does not fit together; see ``config/targets.py``."""
+        yield from mesh_problems(section, world_size=world_size)
+        yield from precision_problems(section, cfg)
+        if section.get("sequence_parallel") and section.get("tp_size") == 1:
+            yield "distributed.sequence_parallel=true splits what tensor parallel leaves whole: set distributed.tp_size"
 
     @property
     def length_multiple(self) -> int:

@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import PositiveInt
 
 from automodel.distributed.parallel.handle import Handle, register_handle
 from automodel.distributed.parallel.layers import decoder_layers, enable_activation_checkpointing
-from automodel.distributed.parallel.precision import MixedPrecision, compute_dtype, convert_weights_
-from automodel.distributed.parallel.strategy import REPLICATE_AXIS, SHARD_AXIS, TP_AXIS, Strategy, build_mesh
+from automodel.distributed.parallel.precision import MixedPrecision, compute_dtype, convert_weights_, precision_problems
+from automodel.distributed.parallel.strategy import (
+    REPLICATE_AXIS,
+    SHARD_AXIS,
+    TP_AXIS,
+    Strategy,
+    build_mesh,
+    mesh_problems,
+)
 from automodel.types import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +30,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
+    from automodel.config import Config
     from automodel.distributed.runtime.dist_info import DistInfo
 
 
@@ -30,12 +41,25 @@ class MegatronFSDP(Strategy):
     zero_stage: Literal[1, 2, 3] = 3
     defer_grad_sync: bool = True
     mixed_precision: MixedPrecision = "auto"
-    dp_replicate_size: int = 1
+    dp_replicate_size: PositiveInt = 1
     shard_optimizer_over_replicas: bool = False
     activation_checkpointing: bool = False
 
     name = "megatron_fsdp"
     is_sharded = True
+
+    @staticmethod
+    def problems(section: dict[str, Any], cfg: Config, *, key: str, world_size: int) -> Iterator[str]:
+        """Yield what does not fit together; see ``config/targets.py``."""
+        yield from mesh_problems(section, world_size=world_size)
+        yield from precision_problems(section, cfg)
+        if section.get("shard_optimizer_over_replicas"):
+            if section.get("dp_replicate_size") == 1:
+                yield "distributed.shard_optimizer_over_replicas=true needs replicas: set distributed.dp_replicate_size"
+            if section.get("zero_stage") != 3:
+                yield "distributed.shard_optimizer_over_replicas=true needs distributed.zero_stage=3"
+        if find_spec("megatron_fsdp") is None:
+            yield "distributed=megatron_fsdp needs the package megatron-fsdp: pip install 'automodel[megatron]'"
 
     def build_mesh(self, dist_info: DistInfo) -> DeviceMesh:
         """Return the mesh (replicas, shards); every rank must call it.

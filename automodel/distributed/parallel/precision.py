@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +11,8 @@ from automodel.logs import get_logger, warn_for_all
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from automodel.config import Config
 
 log = get_logger(__name__)
 
@@ -42,6 +44,20 @@ class Precision:
         )
         frozen = f", frozen weights {held}" if self.held is not self.trained else ""
         return f"trained weights {trained}{frozen}, computing {computed}, model/ {written}"
+
+
+def precision_problems(section: dict[str, Any], cfg: Config) -> Iterator[str]:
+    """Yield a line for each way in which ``distributed.mixed_precision`` does not fit the model or its adapters."""
+    precision, dtype = section.get("mixed_precision"), cfg.model.get("dtype")
+    if precision == "pure_bf16" and cfg.peft is not None:
+        yield "distributed.mixed_precision=pure_bf16: adapters are trained in float32; choose bf16 with peft"
+    if precision == "pure_bf16" and dtype == "float32":
+        yield "distributed.mixed_precision=pure_bf16 trains bf16 weights, not model.dtype=float32: choose bf16"
+    if precision == "float32" and dtype == "bfloat16" and cfg.peft is not None:
+        yield (
+            "distributed.mixed_precision=float32 cannot compute in float32 with the frozen weights of "
+            "model.dtype=bfloat16: leave one of them at auto"
+        )
 
 
 def resolve_precision(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
@@ -79,6 +79,18 @@ class DataParallel:
     rank: int
     size: int
     group: dist.ProcessGroup
+
+
+def mesh_problems(section: dict[str, Any], *, world_size: int) -> Iterator[str]:
+    """Yield a line where the sizes of the section ``distributed`` do not divide the ranks."""
+    tp_size, replicas = section.get("tp_size", 1), section.get("dp_replicate_size", 1)
+    if world_size % tp_size:
+        yield f"distributed.tp_size={tp_size} must divide the number of ranks, {world_size}"
+        return
+    dp_size = world_size // tp_size
+    if dp_size % replicas:
+        ranks = "ranks" if tp_size == 1 else f"data-parallel ranks ({world_size} / tp_size {tp_size})"
+        yield f"distributed.dp_replicate_size={replicas} must divide the number of {ranks}, {dp_size}"
 
 
 def build_mesh(dist_info: DistInfo, *, dp_replicate_size: int = 1, tp_size: int = 1) -> DeviceMesh:

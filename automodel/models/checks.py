@@ -1,4 +1,4 @@
-"""Check what ``model`` names: a folder that holds something else is said to, and what to give instead."""
+"""Check what ``model`` names before it is loaded: a folder that holds no model is recognised for what it is."""
 
 from __future__ import annotations
 
@@ -6,30 +6,54 @@ import json
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from automodel.config.paths import looks_like_path
-from automodel.config.schema import Config
+
+if TYPE_CHECKING:
+    from automodel.config import Config
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 
-def check_model(cfg: Config) -> Iterator[str]:
-    """Yield what is wrong with the folder that ``model`` names, and with its attention, a line each."""
-    for key in ("pretrained_model_name_or_path", "tokenizer_name_or_path"):
-        path = cfg.model.get(key)
-        if not isinstance(path, str) or path == "???":
-            continue
-        folder = Path(path).expanduser()
-        if not folder.exists():
-            if looks_like_path(path):
-                yield f"model.{key}={path}: there is no such folder"
-            continue
-        if not folder.is_dir():
-            yield f"model.{key}={path} must be a folder or a hub id, not a file"
-            continue
-        yield from _check_folder(f"model.{key}={path}", folder, needs_weights=key.startswith("pretrained"))
-    attention = cfg.model.get("attn_implementation")
+def model_problems(key: str, path: str | None) -> Iterator[str]:
+    """Yield a line for each reason why ``path``, the value of ``key``, cannot be loaded as a pretrained model."""
+    what, folder = f"{key}={path}", _folder(path)
+    if folder is None:
+        yield from _no_folder(key, path)
+        return
+    other = _what_else(folder)
+    if other is not None:
+        yield f"{what} is {other}"
+        return
+    if not (folder / "config.json").is_file():
+        yield f"{what}: the folder has no config.json{_below(folder)}"
+    if not any(folder.glob("*.safetensors")):
+        pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+        found = f" (only {pickles[0].name}; pickled weights are not loaded, since they can run code)" if pickles else ""
+        yield f"{what}: the folder has no *.safetensors weights{found}"
+    yield from tokenizer_problems(key, path)
+
+
+def tokenizer_problems(key: str, path: str | None) -> Iterator[str]:
+    """Yield a line where ``path``, the value of ``key``, is a local one without a tokenizer."""
+    folder = _folder(path)
+    if folder is None:
+        yield from _no_folder(key, path)
+    elif not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        yield f"{key}={path}: the folder has no tokenizer (tokenizer.json, tokenizer.model or vocab.*)"
+
+
+def fresh_model_problems(cfg: Config) -> Iterator[str]:
+    """Yield what does not go with fresh weights."""
+    if cfg.peft is not None:
+        yield "peft trains adapters on pretrained weights, and this model has fresh ones: choose model=hf, or peft=none"
+
+
+def attention_problems(section: dict[str, Any]) -> Iterator[str]:
+    """Yield a line where ``model.attn_implementation`` needs a package that is missing."""
+    attention = section.get("attn_implementation")
     package = _ATTENTION_PACKAGES.get(str(attention))
     if package is not None and find_spec(package) is None and find_spec("kernels") is None:
         yield (
@@ -38,19 +62,19 @@ def check_model(cfg: Config) -> Iterator[str]:
         )
 
 
-def _check_folder(what: str, folder: Path, *, needs_weights: bool) -> Iterator[str]:
-    other = _what_else(folder) if needs_weights else None
-    if other is not None:
-        yield f"{what} is {other}"
+def _folder(path: str | None) -> Path | None:
+    folder = None if path is None else Path(path).expanduser()
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def _no_folder(key: str, path: str | None) -> Iterator[str]:
+    """Say what is wrong with a path that is no folder; a hub id is fine."""
+    if path is None:
         return
-    if needs_weights and not (folder / "config.json").is_file():
-        yield f"{what}: the folder has no config.json{_below(folder)}"
-    if needs_weights and not any(folder.glob("*.safetensors")):
-        pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
-        found = f" (only {pickles[0].name}; pickled weights are not loaded, since they can run code)" if pickles else ""
-        yield f"{what}: the folder has no *.safetensors weights{found}"
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        yield f"{what}: the folder has no tokenizer (tokenizer.json, tokenizer.model or vocab.*)"
+    if Path(path).expanduser().exists():
+        yield f"{key}={path} must be a folder or a hub id, not a file"
+    elif looks_like_path(path):
+        yield f"{key}={path}: there is no such folder"
 
 
 def _what_else(folder: Path) -> str | None:
