@@ -91,7 +91,7 @@ def masked_text(text: str, *, env: Mapping[str, str] = os.environ) -> str:
 
 
 def masked_keys(value: Any, key: str = "") -> list[str]:
-    """Return the keys of plain data whose values hold a secret, in the order they stand in."""
+    """Return the keys of plain data whose values hold a secret, in their order."""
     name = key.rpartition(".")[2]
     if isinstance(value, dict) and not is_secret_key(name):
         inside = ((f"{key}.{inner}" if key else str(inner), item) for inner, item in value.items())

@@ -16,13 +16,13 @@ class ExitStatus(IntEnum):
 
 
 class RunError(RuntimeError):
-    """A run, or a verb, cannot go on, and the message says all that helps: told without a traceback, status 1."""
+    """A run or verb failed, and the message says all that helps: printed without a traceback, status 1."""
 
 
 class UserError(Exception):
-    """What the user gave is wrong: told in plain lines without a traceback, and the run ends with status 2.
+    """The input is wrong: the problems are printed without a traceback, and the exit status is 2.
 
-    Takes one line for each problem, so that all of them are told at once.
+    Takes one line per problem, so all are reported together.
     """
 
     def __init__(self, *problems: str) -> None:

@@ -1,7 +1,7 @@
-"""The list of a checkpoint's files with their sizes and checksums, which tells a whole checkpoint from a damaged one.
+"""List the files of a checkpoint with sizes and checksums, so that damage is detected.
 
-Every rank sums up the files that it wrote, and checks its share of those that it is to read: one rank alone would
-take hours over the terabytes of a large model.
+Each rank checksums the files that it wrote and later verifies a share of all files: one rank alone would take hours
+for the terabytes of a large model.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Entries = dict[str, dict[str, int]]
 
 
 def seal(folder: Path, *, group: dist.ProcessGroup | None = None) -> None:
-    """Bring every file of ``folder`` to the disk and list it in the manifest; every rank must call it.
+    """Flush every file in ``folder`` to disk and list it in the manifest; every rank must call it.
 
     Args:
-        group: all ranks, for the exchange.
+        group: a process group of all ranks.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     names = run_on_main(lambda: _files(folder), group=group)
@@ -49,13 +49,13 @@ def seal(folder: Path, *, group: dist.ProcessGroup | None = None) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint folder, or None when every file is as it was written."""
+    """Return what is wrong with a checkpoint folder, or None if every file matches the manifest."""
     entries, problem = _outline(folder)
     return problem or _first_damaged(folder, entries, entries)
 
 
 def damage_seen_by_all(folder: Path) -> str | None:
-    """Return the same as ``damage`` on every rank; every rank must call it, and reads its share of the files."""
+    """Return what ``damage`` returns, on every rank; every rank must call it and reads a share of the files."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     entries, problem = run_on_main(lambda: _outline(folder))
     if problem is not None:
@@ -65,7 +65,7 @@ def damage_seen_by_all(folder: Path) -> str | None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Flush a file, or the directory entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -78,17 +78,17 @@ def _files(folder: Path) -> list[str]:
 
 
 def _owner(name: str, world_size: int) -> int:
-    """Return the rank that wrote a file; what torch's writer did not name after one is rank 0's."""
-    number = name.removeprefix("__").partition("_")[0]
-    return int(number) if name.startswith("__") and number.isdecimal() and int(number) < world_size else 0
+    """Return the rank that wrote a file: torch's writer puts the rank into the name; rank 0 wrote all others."""
+    rank = name.removeprefix("__").partition("_")[0]
+    return int(rank) if name.startswith("__") and rank.isdecimal() and int(rank) < world_size else 0
 
 
 def _outline(folder: Path) -> tuple[Entries, str | None]:
-    """Return the manifest, and what can be seen without reading the files it lists."""
+    """Return the manifest, and the first problem that shows without reading the files, such as a wrong size."""
     try:
         entries = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
-        return {}, f"no {MANIFEST}: the save was not finished, or this is no checkpoint of ours"
+        return {}, f"no {MANIFEST}: the save was not finished, or automodel did not write this folder"
     except (OSError, ValueError):
         return {}, f"{MANIFEST} is damaged"
     for name, expected in entries.items():

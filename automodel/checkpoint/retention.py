@@ -1,4 +1,4 @@
-"""Which checkpoints stay once a new one is complete."""
+"""Which checkpoints are kept once a new one is complete."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Retention:
-    """What ``checkpoint.keep_last``, ``keep_every`` and ``keep_best`` say; a checkpoint stays that any of them keeps.
+    """The options ``checkpoint.keep_last``, ``keep_every`` and ``keep_best``; each of them keeps checkpoints.
 
     Attributes:
-        keep_last: how many of the newest stay; None: all.
-        keep_every: those whose step is a multiple stay.
-        keep_best: ``min:NAME`` or ``max:NAME`` of a validation metric; the best one by it stays.
+        keep_last: the number of newest checkpoints to keep; None: all.
+        keep_every: keep checkpoints whose step is a multiple of it.
+        keep_best: ``min:NAME`` or ``max:NAME`` of a validation metric; keep the best checkpoint by it.
     """
 
     keep_last: int | None = None
@@ -25,16 +25,16 @@ class Retention:
 
     @property
     def metric(self) -> str | None:
-        """The name of the metric by which the best one is chosen."""
+        """The name of the metric in ``keep_best``, or None."""
         return self.keep_best.partition(":")[2] if self.keep_best else None
 
     def outdated(self, scores: Mapping[int, float | None], *, newest: int) -> list[int]:
-        """Return the steps whose checkpoints may go now that step ``newest`` is complete.
+        """Return the steps whose checkpoints can be deleted now that step ``newest`` is complete.
 
-        Steps after ``newest`` belong to another past of the run and are left alone.
+        Steps after ``newest`` were saved before the run resumed from an earlier checkpoint; they are left alone.
 
         Args:
-            scores: of every step that is there, its metric, or None where it was not measured.
+            scores: the metric of every saved step; None if it was not measured.
         """
         past = sorted(step for step in scores if step <= newest)
         if self.keep_last is None:
@@ -46,11 +46,11 @@ class Retention:
         measured = {step: sign * scores[step] for step in past if scores[step] is not None}
         measured = {step: score for step, score in measured.items() if math.isfinite(score)}
         if self.keep_best and measured:
-            kept.add(max(measured, key=lambda step: (measured[step], step)))  # of equals, the newer
+            kept.add(max(measured, key=lambda step: (measured[step], step)))  # the newer on a tie
         return [step for step in past if step not in kept]
 
 
 def delete(folder: Path) -> None:
-    """Delete a checkpoint so that it is gone at once: one that is half deleted would look damaged."""
+    """Rename a checkpoint away, then delete it: a half-deleted checkpoint would look damaged."""
     doomed = folder.rename(folder.with_name(f".{folder.name}.deleted"))
     shutil.rmtree(doomed)

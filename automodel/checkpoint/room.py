@@ -1,4 +1,4 @@
-"""How much room a checkpoint will take, before there is an optimizer state to measure."""
+"""Estimate the size of a checkpoint before there is an optimizer state to measure."""
 
 from __future__ import annotations
 
@@ -16,53 +16,53 @@ log = get_logger(__name__)
 
 
 def expected_bytes(model: nn.Module, build_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]) -> int:
-    """Return about how many bytes a checkpoint of ``model`` takes: its trained weights and their optimizer state.
+    """Return the approximate size in bytes of a checkpoint of ``model``: trained weights and their optimizer state.
 
-    Of an optimizer that cannot be tried on a small weight, the state is not counted: an estimate stops no run.
+    The state is left out if the optimizer fails on a small probe weight: a failed estimate must not stop a run.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     try:
         return round(num_bytes * (1 + _states_per_weight(build_optimizer, trained[0].device)))
-    except Exception as error:  # it is the user's code, which may raise anything
-        log.debug("the optimizer's state is not part of the room that a checkpoint is said to take: %s", error)
+    except Exception as error:  # the user's code may raise anything
+        log.debug("the estimated checkpoint size leaves out the optimizer state: %s", error)
         return num_bytes
 
 
 def warn_of_little_room(folder: Path, num_bytes: int) -> None:
-    """Log a warning where the disk of ``folder`` has no room for ``num_bytes``."""
+    """Warn if the disk of ``folder`` has less than ``num_bytes`` free."""
     try:
         free, needed = free_mib(folder), -(-num_bytes // 2**20)
-    except OSError:  # the first save will tell
+    except OSError:  # the first save will report it
         return
     if free < needed:
         log.warning(
-            "a checkpoint takes about %d MiB, and %d MiB are free on the disk of %s: the first save will fail; make "
-            "room, choose another output_dir, or set checkpoint.enabled=false",
+            "a checkpoint takes about %d MiB, but only %d MiB are free on the disk of %s: the first save will fail; "
+            "free some space, choose another output_dir, or set checkpoint.enabled=false",
             needed, free, folder,
         )  # fmt: skip
 
 
 def free_mib(folder: Path) -> int:
-    """Return how much room is left on the disk of ``folder``, or of the first folder above it that exists."""
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(place).free // 2**20
+    """Return the free MiB on the disk of ``folder``, or of its closest existing parent."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free // 2**20
 
 
 def free_room(folder: Path) -> str:
-    """Return the same in words."""
+    """Return the free space as a phrase for a message."""
     try:
         return f"{free_mib(folder)} MiB are free on its disk"
     except OSError as error:
-        return f"its disk does not answer ({error})"
+        return f"the free space on its disk is unknown ({error})"
 
 
 def _states_per_weight(
     build_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], device: torch.device
 ) -> float:
-    """Return the size of the state that one step leaves behind, as a multiple of the weights.
+    """Return the size of the optimizer's state after one step, as a multiple of the weights' size.
 
-    It is tried on the weights' own device, which may be the only one that the optimizer runs on.
+    The probe is on the weights' device, which may be the only one that the optimizer supports.
     """
     probe = nn.Parameter(torch.zeros(64, 64, device=device))
     probe.grad = torch.zeros_like(probe)

@@ -1,4 +1,4 @@
-"""Training checkpoints: all that is needed to go on, visible only once complete."""
+"""Training checkpoints: everything needed to resume, published only once complete."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ _STEP_FOLDER = re.compile(r"step_(\d{8})")
 
 
 class SaveError(RunError):
-    """A checkpoint could not be written; those before it are as they were."""
+    """A checkpoint could not be written; earlier checkpoints are untouched."""
 
 
 class NoRoom(OSError):
-    """The disk has less room than the checkpoint takes."""
+    """The disk has less free space than the checkpoint takes."""
 
 
 @dataclass
@@ -55,13 +55,13 @@ class TrainState:
 
 
 class Checkpointer:
-    """Writes ``checkpoints/step_XXXXXXXX`` under a run directory, one at a time, and keeps those that should stay.
+    """Writes ``checkpoints/step_XXXXXXXX`` under a run directory, one at a time, and deletes outdated ones.
 
-    With ``is_async`` a save copies the state to host memory and returns; a thread writes it, over a process group of
-    its own, since gloo and NCCL take collectives from one thread at a time. Every rank must make the Checkpointer.
+    With ``is_async`` a save copies the state to host memory and returns; a thread writes it. The thread uses its own
+    process group, since gloo and NCCL take collectives from one thread at a time. Every rank must create one.
 
     Args:
-        on_error: after a write that failed, ``stop`` raises; ``continue`` says so and leaves it to the next save.
+        on_error: after a failed write, ``stop`` raises; ``continue`` warns and waits for the next save.
         timeout_minutes: how long the ranks may wait for each other while writing.
     """
 
@@ -81,22 +81,22 @@ class Checkpointer:
         self._group = _create_gloo_group(timedelta(minutes=timeout_minutes))
         self._host_copy = HostCopy()
         self._write: Future[None] | None = None
-        self.last_save_sec = 0.0  # from its begin until it was written
+        self.last_save_sec = 0.0  # from the call of save until it was written
 
     @property
     def must_stop(self) -> bool:
-        """Whether the last write has failed on this rank, and training must not go on without it."""
+        """Whether the last write failed on this rank and training must stop because of it."""
         write = self._write
         return self.on_error == "stop" and write is not None and write.done() and write.exception() is not None
 
     def save(self, state: TrainState, *, progress: dict[str, Any], rng: dict[str, Any]) -> None:
         """Write a checkpoint of step ``progress["step"]``, then move ``latest`` to it; every rank must call it.
 
-        It first waits for the write before. With ``is_async`` it returns as soon as training may change the state.
+        It first waits for the previous write. With ``is_async`` it returns as soon as training may change the state.
 
         Args:
-            progress: small JSON facts: ``step``, the length of the metrics file, what decides the data's order.
-            rng: the state of this rank's random generators, as JSON can hold it.
+            progress: small JSON values: ``step``, the length of the metrics file, the position in the data.
+            rng: the state of this rank's random generators, as JSON values.
 
         Raises:
             SaveError: on every rank, as ``finish`` does.
@@ -107,7 +107,7 @@ class Checkpointer:
         final = self.folder / f"step_{progress['step']:08d}"
         app = _app_state(state)
         size = num_bytes(app)
-        self._look_for_metric(progress.get("metrics", {}))
+        self._warn_of_missing_metric(progress.get("metrics", {}))
         try:
             app = run_on_all_ranks(lambda: plain(app))
             run_on_main(lambda: self._make_room(_partial(final), size))
@@ -122,24 +122,24 @@ class Checkpointer:
             device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
             arguments = (device, staged, final, progress, waited_sec)
             try:
-                threading.Thread(target=self._write_behind, args=arguments, name="checkpoint", daemon=True).start()
-            except RuntimeError:  # there is no room for a thread
-                self._write_behind(*arguments)
+                threading.Thread(target=self._write_in_thread, args=arguments, name="checkpoint", daemon=True).start()
+            except RuntimeError:  # no memory for a thread
+                self._write_in_thread(*arguments)
         else:
             self._write_now(app, final, progress, 0.0)
             self.finish()
 
     def _staged(self, app: dict[str, Any]) -> dict[str, Any] | None:
-        """Return a copy of ``app`` in host memory, or None on every rank where one has no room for it."""
+        """Return a copy of ``app`` in host memory; None on every rank if one of them lacks the memory."""
         staged, reason = None, None
         try:
             staged = self._host_copy.make(app)
-        except (MemoryError, RuntimeError) as error:  # torch raises either where memory is short
+        except (MemoryError, RuntimeError) as error:  # torch raises either when memory is short
             reason = _first_words(error)
         reasons = on_every_rank(reason, group=self._group)
         if not any(reasons):
             return staged
-        self._host_copy = HostCopy()  # whose memory is better given back
+        self._host_copy = HostCopy()  # frees the buffers of the old one
         rank, reason = next((rank, each) for rank, each in enumerate(reasons) if each)
         text = "rank %d has no host memory for a copy (%s): training waits for this checkpoint"
         warn_for_all(log, text, rank, reason)
@@ -149,10 +149,10 @@ class Checkpointer:
         """Wait until the write in progress is complete on all ranks; every rank must call it.
 
         Args:
-            must_be_saved: raise whatever ``on_error`` says, because no later save will make up for it.
+            must_be_saved: raise even if ``on_error`` is ``continue``, because no later save will make up for it.
 
         Raises:
-            SaveError: on every rank, where any of them could not write.
+            SaveError: on every rank, if any rank could not write.
         """
         if self._write is None:
             return
@@ -160,17 +160,17 @@ class Checkpointer:
         if error is not None and (must_be_saved or self.on_error == "stop"):
             raise error
 
-    def _look_for_metric(self, metrics: dict[str, float]) -> None:
+    def _warn_of_missing_metric(self, metrics: dict[str, float]) -> None:
         name = self.retention.metric
         if name is not None and metrics and name not in metrics and dist.get_rank() == 0:
             log.warning(
-                "checkpoint.keep_best=%s keeps nothing: validation does not measure %s; there are: %s",
+                "checkpoint.keep_best=%s keeps nothing: validation does not measure %s; it measures: %s",
                 self.retention.keep_best, name, ", ".join(metrics),
             )  # fmt: skip
 
-    def _write_behind(self, device: int | None, *arguments: Any) -> None:
+    def _write_in_thread(self, device: int | None, *arguments: Any) -> None:
         if device is not None:
-            torch.cuda.set_device(device)  # a thread begins on device 0, where torch's writer would take memory
+            torch.cuda.set_device(device)  # a thread starts on device 0, where torch's writer would take memory
         self._write_now(*arguments)
 
     def _write_now(self, app: dict[str, Any], final: Path, progress: dict[str, Any], waited_sec: float) -> None:
@@ -181,7 +181,7 @@ class Checkpointer:
             run_on_main(lambda: _write_progress(_partial(final), progress), group=self._group)
             seal(_partial(final), group=self._group)
             run_on_main(lambda: self._publish(final, progress["step"]), group=self._group)
-        except BaseException as error:  # torch's CheckpointException is no Exception, and finish must end in any case
+        except BaseException as error:  # torch's CheckpointException is no Exception, and finish must not wait forever
             self._fail(final, error)
             return
         took_sec = time.monotonic() - started
@@ -191,27 +191,27 @@ class Checkpointer:
 
     def _fail(self, final: Path, error: BaseException) -> None:
         """End the write with a SaveError."""
-        shutil.rmtree(_partial(final), ignore_errors=True)  # it would only take room
+        shutil.rmtree(_partial(final), ignore_errors=True)  # it would only fill the disk
         reason = str(error) if isinstance(error, NoRoom) else f"{_first_words(error)}; {free_room(self.folder)}"
         failure = SaveError(
             f"checkpoint {final} could not be written: {reason}; the checkpoints before it are untouched"
         )
         failure.__cause__ = error
         if self.on_error == "continue" and dist.get_rank() == 0:
-            log.warning("%s. checkpoint.on_error=continue leaves it to the next save", failure)
+            log.warning("%s. Training continues (checkpoint.on_error=continue)", failure)
         self._write.set_exception(failure)
 
     def _make_room(self, partial: Path, size: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".step_*"):  # of a write or a deletion that was killed
+        for leftover in self.folder.glob(".step_*"):  # from a killed write or deletion
             shutil.rmtree(leftover)
         free = shutil.disk_usage(self.folder).free
         if free < size:
-            raise NoRoom(f"it takes about {-(-size // 2**20)} MiB, and {free // 2**20} MiB are free on its disk")
+            raise NoRoom(f"it takes about {-(-size // 2**20)} MiB, but only {free // 2**20} MiB are free on its disk")
         partial.mkdir()
 
     def _publish(self, final: Path, step: int) -> None:
-        """Give the complete folder its name in one step, then delete what need not stay."""
+        """Rename the complete folder to its final name, then delete outdated checkpoints."""
         if final.exists():
             delete(final)
         _partial(final).rename(final)
@@ -230,11 +230,10 @@ class Checkpointer:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the complete checkpoint that ``folder/latest`` names, else the newest before it; None without any.
+    """Return the checkpoint that ``folder/latest`` names or, if it is damaged, the newest whole one before it, or None.
 
-    A higher step than that of ``latest`` belongs to a past that the run has left: it continued from an earlier
-    checkpoint and has saved since. The log says what is passed over and why. Every rank must call it, and reads its
-    share of every checkpoint.
+    Steps after ``latest`` are skipped: the run resumed from an earlier checkpoint and has saved since. The log says
+    what is skipped and why. Every rank must call it and reads a share of each checkpoint.
     """
     named, candidates = run_on_main(lambda: (_named_by_latest(folder), _step_folders(folder)))
     for candidate in reversed(candidates):
@@ -243,7 +242,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         if problem is None:
             return candidate
         if dist.get_rank() == 0:
-            log.warning("%s is passed over: %s", candidate, problem)
+            log.warning("%s is skipped: %s", candidate, problem)
     return None
 
 
@@ -254,7 +253,7 @@ def require_whole(folder: Path) -> None:
 
 
 def _problem_seen_by_all(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint, the same on every rank; each reads its share."""
+    """Return what is wrong with a checkpoint, the same on every rank; each rank reads a share."""
     if problem := damage_seen_by_all(folder):
         return problem
     found = on_every_rank(hidden_code(folder, share=(dist.get_rank(), dist.get_world_size())))
@@ -262,13 +261,13 @@ def _problem_seen_by_all(folder: Path) -> str | None:
 
 
 def load_checkpoint(folder: Path, state: TrainState) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Put the state saved in ``folder``, a whole checkpoint, in place; every rank must call it.
+    """Load the complete checkpoint in ``folder`` into ``state``; every rank must call it.
 
-    The optimizer keeps the options that it was built with (learning rate, betas, fused, ...): they are the
-    configuration's, and an implementation that suits one layout may not run in another.
+    The optimizer keeps the options it was built with (learning rate, betas, fused, ...): they come from the
+    configuration, and an implementation that suits one layout may not run in another.
 
     Returns:
-        (progress as saved, this rank's random state or None where it was saved on fewer ranks).
+        (progress as saved, this rank's random state or None if the checkpoint was saved on fewer ranks).
 
     Raises:
         UserError: the checkpoint belongs to another model.
@@ -286,8 +285,9 @@ def load_checkpoint(folder: Path, state: TrainState) -> tuple[dict[str, Any], di
         raise UserError(_misfit(folder, str(first))) from error
     if isinstance(app.get(own_rng), bytes):
         raise UserError(
-            f"checkpoint.resume={folder} was written by an older version, with random states as a pickle, which could "
-            "run code and is not loaded: go on with that version, or make a model of it with python -m automodel.export"
+            f"checkpoint.resume={folder} was written by an older version, with random states in a pickle, which could "
+            "run code and is not loaded: continue with that version, or export the model with python -m "
+            "automodel.export"
         )
     set_state_dict(
         handle_of(state.model).plain_model,
@@ -300,10 +300,10 @@ def load_checkpoint(folder: Path, state: TrainState) -> tuple[dict[str, Any], di
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """Return the small facts of a checkpoint: ``step``, ``world_size``, ``metrics_size``, what decides the rows.
+    """Return the ``progress`` that a checkpoint was saved with, and its ``world_size``.
 
     Raises:
-        UserError: there are none, so that this is no complete checkpoint.
+        UserError: it is missing or unreadable, so the checkpoint is not complete.
     """
     try:
         return json.loads((folder / PROGRESS).read_text())
@@ -327,17 +327,17 @@ def _app_state(state: TrainState) -> dict[str, Any]:
     model, optimizer = get_state_dict(handle.plain_model, state.optimizer, options=_options(state.model))
     for name, parameter in handle.plain_model.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
-            model.pop(name, None)  # the second name of a tied weight, which torch does not know to be frozen
+            model.pop(name, None)  # the second name of a tied weight, which torch does not recognise as frozen
     app = {"model": model, "optimizer": optimizer}
     handle.describe_shards(app)
     return app
 
 
 def _take_options(flat: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Remove from the flat state of ``optimizer`` the options of its groups, and return them.
+    """Remove the options of the parameter groups from ``flat``, the optimizer's state, and return them.
 
-    What its constructor takes is an option, and so is the rate that a schedule begins at. Whatever else an optimizer
-    notes in its groups, such as the step count of a schedule-free one, is state.
+    Options are the constructor's arguments and a schedule's initial rate. Everything else in the groups, such as the
+    step count of a schedule-free optimizer, is state.
     """
     taken = {*inspect.signature(type(optimizer)).parameters, "initial_lr"}
     names = [key for key in flat if key.startswith("param_groups.") and key.rpartition(".")[2] in taken]
@@ -345,21 +345,21 @@ def _take_options(flat: dict[str, Any], optimizer: torch.optim.Optimizer) -> dic
 
 
 def _misfit(folder: Path, error: str) -> str:
-    """Say in what a checkpoint does not fit, by torch's message."""
+    """Explain why a checkpoint does not fit, from torch's message."""
     lacking = re.search(r"optimizer\.state\.(\S+)\.(\w+)", error)
     if lacking:
         return (
-            f"checkpoint.resume={folder} holds no {lacking[2]} of the optimizer: it was saved with another optimizer "
-            "or without momentum; put that back, or begin a new run with another output_dir"
+            f"checkpoint.resume={folder} has no optimizer state {lacking[2]}: it was saved with another optimizer or "
+            "without momentum; restore that setting, or start a new run with another output_dir"
         )
     return f"checkpoint.resume={folder} does not fit this model: {error}"
 
 
 def _options(model: nn.Module) -> StateDictOptions:
-    """Return what a checkpoint holds: the weights that are trained alone, where others are frozen."""
+    """Return torch's options for a state dict that leaves out frozen weights."""
     has_frozen = any(not parameter.requires_grad for parameter in model.parameters())
     return StateDictOptions(
-        flatten_optimizer_state_dict=True,  # by parameter, not by group, which other layouts may cut otherwise
+        flatten_optimizer_state_dict=True,  # keyed by parameter: other layouts may group them differently
         ignore_frozen_params=has_frozen,
         strict=not has_frozen,
     )
@@ -376,7 +376,7 @@ def _partial(final: Path) -> Path:
 def _score(folder: Path, metric: str | None) -> float | None:
     try:
         return json.loads((folder / PROGRESS).read_text()).get("metrics", {}).get(metric)
-    except (OSError, ValueError):  # damaged: nothing speaks for it
+    except (OSError, ValueError):  # a damaged checkpoint has no score
         return None
 
 
@@ -387,7 +387,7 @@ def _first_words(error: BaseException) -> str:
 
 
 def _point(link: Path, name: str) -> None:
-    """Make ``link`` a symbolic link to its neighbour ``name``, in one step."""
+    """Make ``link`` a symbolic link to its sibling ``name``, atomically."""
     new = link.with_name(".latest.new")
     new.unlink(missing_ok=True)
     new.symlink_to(name)

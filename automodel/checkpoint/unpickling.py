@@ -1,4 +1,4 @@
-"""Read what torch pickles into a checkpoint without running code: a checkpoint may come from anybody."""
+"""Read the pickles in a checkpoint without running code: a checkpoint may come from anyone."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _METADATA_CLASSES = {
         "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
     ),
 }  # fmt: skip
-"""All that torch's writer pickles into ``.metadata``, dtypes and paths excepted."""
+"""Everything that torch's writer pickles into ``.metadata``, except dtypes and paths."""
 _PATHS = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}
 
 
 class PlainReader(FileSystemReader):
-    """Reads a checkpoint folder; its metadata may hold nothing but what torch's writer puts there.
+    """Reads a checkpoint folder whose metadata holds only the classes that torch's writer uses.
 
     Raises:
-        pickle.UnpicklingError: from ``read_metadata``, where it holds anything else.
+        pickle.UnpicklingError: from ``read_metadata``, if it holds anything else.
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -51,10 +51,10 @@ class PlainReader(FileSystemReader):
 
 
 class PlainPlanner(DefaultLoadPlanner):
-    """Loads entries that are no tensors as plain data alone: numbers, text and containers of them."""
+    """Loads non-tensor entries only if they are plain data: numbers, text and containers of them."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Put an entry in its place."""
+        """Load an entry into the state dict."""
         loaded, name = torch.load(value, weights_only=True), read_item.dest_index.fqn
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[name], loaded)
@@ -63,33 +63,33 @@ class PlainPlanner(DefaultLoadPlanner):
 
 
 def hidden_code(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
-    """Return what in a checkpoint would have to run code to be read, or None; none of it is run.
+    """Return which part of a checkpoint could be read only by running code, or None; nothing is run.
 
     Args:
-        share: (number, count) of the part of the entries to look at; the metadata is looked at by all.
+        share: (index, count): check every ``count``-th entry from ``index`` on; the metadata is always checked.
     """
-    number, count = share
+    index, count = share
     try:
         metadata = PlainReader(folder).read_metadata()
         names = [name for name, kind in metadata.state_dict_metadata.items() if isinstance(kind, BytesStorageMetadata)]
-        places = {name: metadata.storage_data[MetadataIndex(name)] for name in sorted(names)[number::count]}
+        places = {name: metadata.storage_data[MetadataIndex(name)] for name in sorted(names)[index::count]}
     except Exception as error:  # a pickle that is not what torch writes can fail in any way
-        return f"its .metadata is not what a checkpoint holds, and is not loaded: {_in_words(error)}"
+        return f"its .metadata is not that of a checkpoint, and is not loaded: {_short(error)}"
     for name, place in places.items():
         try:
             with (folder / place.relative_path).open("rb") as file:
                 file.seek(place.offset)
                 torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
         except Exception as error:
-            return f"its entry {name} is not plain data, and is not loaded: {_in_words(error)}"
+            return f"its entry {name} is not plain data, and is not loaded: {_short(error)}"
     return None
 
 
 def plain(state: dict[str, Any]) -> dict[str, Any]:
-    """Return ``state`` with numpy's numbers as Python's, which ``hidden_code`` lets through.
+    """Return ``state`` with numpy scalars converted to Python numbers, which ``hidden_code`` accepts.
 
     Raises:
-        TypeError: a value is neither a tensor nor plain data, so that a checkpoint with it could not be loaded.
+        TypeError: a value is neither a tensor nor plain data, so a checkpoint with it could not be loaded.
     """
     state = _without_numpy(state)
     leaves = dict(_leaves(state, ""))
@@ -97,8 +97,8 @@ def plain(state: dict[str, Any]) -> dict[str, Any]:
         return state
     name, value = next((name, value) for name, value in leaves.items() if not _loads(value))
     raise TypeError(
-        f"{name} is of the type {type(value).__module__}.{type(value).__qualname__}, and a checkpoint holds tensors, "
-        "numbers and text alone: leave it out of the state_dict"
+        f"{name} has type {type(value).__module__}.{type(value).__qualname__}, but a checkpoint can hold only tensors, "
+        "numbers and text: leave it out of the state_dict"
     )
 
 
@@ -140,9 +140,9 @@ def _loads(value: Any) -> bool:
     return True
 
 
-def _in_words(error: Exception) -> str:
+def _short(error: Exception) -> str:
     text = str(error)
-    if text.startswith("Weights only load failed"):  # the rest is a page long, and recommends to load it all the same
+    if text.startswith("Weights only load failed"):  # the rest is a page long, and recommends loading it anyway
         named = re.search(r"GLOBAL (\S+)", text)
         return f"it names {named[1]}" if named else "it was not written by torch.save"
     return f"{type(error).__name__}: {text}".splitlines()[0]

@@ -13,11 +13,11 @@ _PREFIX = "model."
 
 
 class WeightReader:
-    """The weights of a checkpoint folder by name, each read when it is asked for; no process group is needed.
+    """Reads the weights of a checkpoint folder one at a time, by name; no process group is needed.
 
     Attributes:
         shapes: the shape of every weight, by name.
-        dtypes: the type in which it was saved.
+        dtypes: the dtype in which each was saved, by name.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,7 +33,7 @@ class WeightReader:
         self.dtypes = {name: entry.properties.dtype for name, entry in entries.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        """Return the whole of one weight on the CPU, put together from the parts that the ranks saved."""
+        """Return one whole weight on the CPU, assembled from the parts that the ranks saved."""
         tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
         planner = PlainPlanner()
         planner.set_up_planner({_PREFIX + name: tensor}, self._metadata, is_coordinator=True)
@@ -44,26 +44,26 @@ class WeightReader:
 
 
 def mismatches(reader: WeightReader, shapes: dict[str, tuple[int, ...]], *, ignored: set[str]) -> list[str]:
-    """Return how the weights of a checkpoint differ from those that the model needs; a line each, none if they fit.
+    """Return a line for each way in which the weights of a checkpoint do not fit the model.
 
     Args:
-        shapes: what the model needs, by name.
-        ignored: names that the checkpoint may hold beside them, such as the second name of a tied weight.
+        shapes: the shapes that the model needs, by name.
+        ignored: names that the checkpoint may hold in addition, such as the second name of a tied weight.
     """
     missing = sorted(shapes.keys() - reader.shapes.keys())
     unexpected = sorted(reader.shapes.keys() - shapes.keys() - ignored)
     others = sorted(name for name in shapes.keys() & reader.shapes.keys() if shapes[name] != reader.shapes[name])
     found = [
-        f"{len(names)} weights {what}: {some(names)}"
+        f"{len(names)} {what}: {first_few(names)}"
         for names, what in (
-            (missing, "of the model are missing from it"),
-            (unexpected, "of it are unknown to the model"),
+            (missing, "weights of the model are missing from it"),
+            (unexpected, "of its weights are unknown to the model"),
         )
         if names
     ]
-    return found + [f"{name} is of shape {reader.shapes[name]}, in the model {shapes[name]}" for name in others[:5]]
+    return found + [f"{name} has shape {reader.shapes[name]}, in the model {shapes[name]}" for name in others[:5]]
 
 
-def some(names: list[str]) -> str:
-    """Return the first few of ``names`` for a message."""
+def first_few(names: list[str]) -> str:
+    """Join the first five of ``names`` for a message."""
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -13,7 +13,7 @@ from automodel.config.paths import looks_like_hub_id, looks_like_path, looks_lik
 from automodel.config.targets import is_ours, resolve
 
 _CHOOSABLE = ("model", "dataset", "validation_dataset", "peft", "evaluation")
-"""Groups whose default only stands in for what the user has, or does nothing.
+"""Groups whose default is a stand-in for what the user has, or does nothing.
 
 An optimizer or a strategy is never exchanged for one key's sake, and a launcher would submit a job.
 """
@@ -60,7 +60,7 @@ def is_choosable(group: str, section: Any) -> bool:
 
 
 def _is_stand_in(section: dict[str, Any]) -> bool:
-    """Return whether a shipped option only stands in for what the user has."""
+    """Return whether a shipped option is a stand-in for what the user has."""
     return is_ours(section) and getattr(resolve(section["_target_"]), "is_stand_in", False)
 
 

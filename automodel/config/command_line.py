@@ -1,4 +1,4 @@
-"""Look at a command line word by word, so that all that is wrong is told at once and not Hydra's first find alone."""
+"""Read a command line word by word, to report all mistakes together; Hydra would report the first."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _parts(arguments: Arguments, source: Source, result: Composed) -> _Parts:
             parts.choices.append(choice)
             parts.values.append(value)
         elif source.is_broken and group == "experiment":
-            continue  # of a folder that is told not to be there
+            continue  # the missing folder is reported already
         elif not _noted(choice_problems(override, source.groups), result.problems):
             _noted(source.experiment_problems(override), result.problems)
             parts.choices.append(override)
@@ -190,9 +190,9 @@ def _unknown_key(key: str, base: dict[str, Any], source: Source, *, value: str) 
     first = rest.split(".")[0]
     is_elsewhere = bool(rest) and (bool(options_with(top, [first])) or find_foreign(first) is not None)
     if is_elsewhere and isinstance(section, dict) and "_target_" in section:
-        told = [line for line in check_target(top, section | {first: value}) if line.startswith(f"{top}.{first} ")]
-        if told and first not in section:
-            return told
+        found = [line for line in check_target(top, section | {first: value}) if line.startswith(f"{top}.{first} ")]
+        if found and first not in section:
+            return found
     known = [each for each in leaf_keys(base) if each.startswith(f"{top}.")] if top in base else leaf_keys(base)
     hint = did_you_mean(key, [*source.groups, *base]) if "." not in key and find_foreign(key) is None else ""
     hint = hint or key_hint(key, known, value) or "; python -m automodel.run --help lists the keys"

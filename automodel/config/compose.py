@@ -33,7 +33,7 @@ class Source:
     Attributes:
         has_own_root: whether nothing of our configuration is composed: a saved one, without groups.
         file: a configuration that is run as a file of its own, and is not the primary one.
-        unresolved: keys of trees whose value could not be found, which has been told.
+        unresolved: keys of trees whose value could not be found, already reported.
     """
 
     def __init__(self, arguments: Arguments, problems: list[str]) -> None:
@@ -118,10 +118,10 @@ class Source:
         return getattr(self.file, what) if self.file is not None else {}
 
     def compose(self, overrides: list[str], problems: list[str], *, with_file: bool = True) -> dict[str, Any] | None:
-        """Return the plain tree, or None where it cannot be composed; null stands for what cannot be resolved."""
+        """Return the plain tree, or None where it cannot be composed; values that cannot be resolved are null."""
         over_it = self.file_override() if with_file else []
         if self._path is None and self._dir is None and not over_it and not any("${" in line for line in overrides):
-            with suppress(HydraException, OmegaConfBaseException):  # told below
+            with suppress(HydraException, OmegaConfBaseException):  # reported below
                 return copy.deepcopy(_compose_ours(tuple(overrides)))
         try:
             with self.open():

@@ -21,7 +21,7 @@ class ConfigFile:
     Attributes:
         choices: the options that it chooses, by group.
         values: its keys, without what chooses.
-        is_whole: it stands for itself: the saved configuration of a run, or a defaults list that names other files.
+        is_whole: it is complete: the saved configuration of a run, or a defaults list that names other files.
     """
 
     path: Path

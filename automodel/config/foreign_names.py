@@ -211,7 +211,7 @@ _BY_NAME = {name: each for section in SECTIONS.values() for each in section for 
 
 
 def find_foreign(key: str) -> Foreign | None:
-    """Return what is known of a key of another tool, whatever sections it is in; dashes count as underscores."""
+    """Return the entry for a key of another tool, in any section; dashes count as underscores."""
     parts = key.replace("-", "_").split(".")
     return next((_BY_NAME[name] for name in _ends(parts) if name in _BY_NAME), None)
 

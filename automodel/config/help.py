@@ -62,7 +62,7 @@ def help_text(argv: list[str] | None = None) -> str:
 
 
 def fixed_keys() -> list[Key]:
-    """Return the keys that are there whatever options are chosen."""
+    """Return the keys that every choice of options has."""
     text = (CONFIG_ROOT / "config.yaml").read_text()
     tree = text[text.index("\noutput_dir:") : text.index("\nhydra:")]
     return _commented(tree, "")

@@ -19,7 +19,7 @@ def migration_page() -> str:
         "# Coming from another tool",
         "",
         "What the keys of other tools are called here. A command line or a file that holds one of them is refused, and",
-        "the message says the same as this page. `...` stands for your value.",
+        "the message says the same as this page. `...` is your value.",
         "",
         "| | |",
         "|---|---|",

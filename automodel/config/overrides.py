@@ -19,7 +19,7 @@ _ON_HUB = {
 
 
 def parse_overrides(lines: list[str], problems: list[str], *, is_sweep: bool) -> list[Override]:
-    """Return the overrides that can be read; the rest is told.
+    """Return the overrides that can be read, and report the rest.
 
     The name of something that exists is taken as it stands, and so is text that Hydra's grammar cannot read and that
     no quote or bracket at its beginning gives a meaning.

@@ -1,4 +1,4 @@
-"""Tell a local path from a hub id, without a look at the hub."""
+"""Distinguish a local path from a hub id, without asking the hub."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def path_exists(text: str) -> bool:
 
 
 def looks_like_path(name: str) -> bool:
-    """A hub id is ``name`` or ``owner/name``; whatever begins in an existing folder is meant as a path."""
+    """A hub id is ``name`` or ``owner/name``; a name that begins in an existing folder is a path."""
     return name[:1] in "./~" or name.count("/") > 1 or Path(name.split("/")[0]).is_dir()
 
 

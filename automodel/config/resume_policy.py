@@ -142,7 +142,7 @@ RULES: dict[str, Rule] = {
     "logger.*": FREE,
     "launch.*": FREE,
 }
-"""The rule of every key. ``a.b.*`` stands for all keys below ``a.b``, which users may name."""
+"""The rule of every key. ``a.b.*`` means all keys below ``a.b``, which users may name."""
 
 _OWN_KEYS = {
     "model": OTHER_MODEL,

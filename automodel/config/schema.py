@@ -1,4 +1,4 @@
-"""The typed configuration: what every key must be. Defaults stand in ``conf/`` alone."""
+"""The typed configuration: what every key must be. Defaults are only in ``conf/``."""
 
 from __future__ import annotations
 

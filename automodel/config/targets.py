@@ -60,7 +60,7 @@ def targets_in(name: str, section: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def foreign_code(name: str, section: Any) -> list[str]:
-    """Return a line for each thing in a section, as it stands in a file, that would run code which is not ours."""
+    """Return a line for each part of a section, as a file holds it, that would run code which is not ours."""
     found = [f"{key}._target_={each['_target_']}" for key, each in targets_in(name, section) if not _is_shipped(each)]
     if isinstance(section, dict) and section.get("trust_remote_code"):
         found.append(f"{name}.trust_remote_code=true")
@@ -157,7 +157,7 @@ def _is_shipped(section: dict[str, Any]) -> bool:
     try:
         return str(resolve(section["_target_"]).__module__).startswith("automodel.")
     except Exception:
-        return True  # told by check_target, which does not import it either
+        return True  # reported by check_target, which does not import it either
 
 
 def resolve(path: str) -> Any:

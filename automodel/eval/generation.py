@@ -1,4 +1,4 @@
-"""Greedy answers to the validation prompts, scored by exact match, with the rows shared out to the ranks."""
+"""Generate greedy answers to the validation prompts, split over the ranks, and score them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerationScores:
-    """What the answers were worth; the same on every rank.
+    """The scores of generated answers; the same on every rank.
 
     Attributes:
         means: the mean of each scorer over all rows, by the scorer's name; ``exact_match`` first.
@@ -49,7 +49,8 @@ class GenerationEvaluation:
     """What ``evaluation=generation`` configures.
 
     Attributes:
-        scorers: further scores by name: (prompt, answer) -> number, of which the mean is reported as ``metric/NAME``.
+        scorers: further scores by name, each a function (prompt, answer) -> number; the mean is logged as
+            ``metric/NAME``.
     """
 
     batch_size: PositiveInt = 64
@@ -78,15 +79,15 @@ class GenerationEvaluation:
     ) -> GenerationScores:
         """Generate and score; every rank must call it with the same prompts.
 
-        What one rank fails at is raised on every rank, or, where the ranks generate together, ends the run. So is
-        CutShort, where ``poll`` says that a rank was asked to stop.
+        An error on one rank is raised on every rank or, if the ranks generate in lockstep, ends the run. CutShort is
+        raised on every rank if ``poll`` says that one was asked to stop.
 
         Args:
             model: as trained, perhaps wrapped.
-            device: where the model computes.
-            dp_group: the ranks that share out the prompts.
-            stops: the ends that training supervises; the model's generation settings name those that are tokens.
-            autocast: the context in which it computes.
+            device: the device of the model.
+            dp_group: the ranks that split the prompts.
+            stops: the ends of answers that training supervises; stop tokens are also in the generation settings.
+            autocast: makes the autocast context of the model.
         """
         import torch.distributed as dist
 
@@ -98,9 +99,9 @@ class GenerationEvaluation:
         prompts = prompts[: self.num_rows]
 
         def answer() -> list[tuple[int, str]] | None:
-            place = {"share": (rank, size), "is_alone": is_alone, "device": device}
+            options = {"share": (rank, size), "is_alone": is_alone, "device": device}
             with autocast(), handle.generating() as generator:
-                return self._answer(generator, tokenizer, prompts, poll=poll, **place)
+                return self._answer(generator, tokenizer, prompts, poll=poll, **options)
 
         answers = run_on_all_ranks(answer) if is_alone else answer()
         gathered: list[Any] = [None] * size
@@ -120,7 +121,7 @@ class GenerationEvaluation:
         device: torch.device,
         poll: StopPoll | None,
     ) -> list[tuple[int, str]] | None:
-        """Return (index, answer) for this rank's share of the prompts; None if it was cut short, alone."""
+        """Return (index, answer) for this rank's share of the prompts; None if this rank alone was interrupted."""
         from automodel.screen import progress
 
         rank, size = share
@@ -139,7 +140,7 @@ class GenerationEvaluation:
                     chosen = range(first, min(first + self.batch_size, len(prompts)))
                     if not chosen and is_alone:
                         continue
-                    # Where the ranks go together, one that has no row left in a round generates along, unscored.
+                    # In lockstep, a rank without rows in this round generates too; its answer is not scored.
                     ids = [prompts[i].prompt_ids for i in chosen or range(1)]
                     texts = self._generate(generator, tokenizer, ids, device=device, in_lockstep=in_lockstep)
                     answers += zip(chosen, texts, strict=False)

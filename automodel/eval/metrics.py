@@ -1,4 +1,4 @@
-"""What validation measures beside the loss, from the logits of every batch."""
+"""Validation metrics besides the loss, computed from the logits of every batch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from automodel.types import IGNORE_INDEX
 
 
 class Metrics(Protocol):
-    """Measures by sums, which are added over batches and ranks before anything is divided."""
+    """Metrics computed from sums, which are added over batches and ranks before any division."""
 
     def update(self, logits: torch.Tensor, batch: Any) -> dict[str, torch.Tensor]:
-        """Return the sums of one batch, of the same names and shapes for every batch; dummies add nothing."""
+        """Return the sums of one batch, with the same names and shapes for every batch; dummy rows add nothing."""
 
     def summarize(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Return the metrics by name from the sums over the whole set, float64 on the CPU."""
@@ -30,7 +30,7 @@ class ConfusionMatrix:
     def update(self, logits: torch.Tensor, batch: Any) -> dict[str, torch.Tensor]:
         """Count the rows of a batch: logits [B, num_labels], labels [B]."""
         labels = batch.labels
-        # Rows that do not count go to a cell of their own: selecting the others would wait for the device.
+        # Dummy rows go to an extra cell: selecting the others would wait for the device.
         is_real = labels != IGNORE_INDEX
         cells = torch.where(is_real, labels * self.num_labels + logits.argmax(dim=-1), self.num_labels**2)
         counts = torch.zeros(self.num_labels**2 + 1, dtype=torch.int64, device=labels.device)

@@ -12,5 +12,5 @@ EXACT_MATCH = "exact_match"
 
 
 def exact_match(prompt: Prompt, answer: str) -> bool:
-    """Return whether the answer is the right one, white space around it aside."""
+    """Return whether the answer is the right one, ignoring surrounding white space."""
     return answer.strip() == prompt.answer.strip()

@@ -1,4 +1,4 @@
-"""Validation over rows shared out to the data-parallel ranks, with a result that does not depend on their number."""
+"""Validation over rows split over the data-parallel ranks; the result does not depend on the number of ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TERM = "term/"
 
 
 class Batches(Protocol):
-    """Batches that can be gone through many times, and whose number is known."""
+    """A sized collection of batches that can be iterated many times."""
 
     def __len__(self) -> int: ...
 
@@ -36,8 +36,8 @@ class Validation:
 
     Attributes:
         batches: this rank's; every rank has the same number of them.
-        objective: what training minimises; its loss and terms are measured.
-        metrics: what else is measured, from the logits.
+        objective: the objective of training; its loss and terms are measured.
+        metrics: further metrics, computed from the logits.
     """
 
     name: str
@@ -59,7 +59,7 @@ def validate(
     """Return ``loss``, ``num_label_tokens`` and ``metric/NAME`` over the whole set; every rank must call it.
 
     Raises:
-        CutShort: on every rank, where ``poll`` says that one of them was asked to stop.
+        CutShort: on every rank, if ``poll`` says that one of them was asked to stop.
     """
     was_training = model.training
     model.eval()
@@ -72,7 +72,7 @@ def validate(
             with autocast():
                 sums = _measure(model, batch, device=device, validation=validation)
             for name, value in sums.items():
-                # In double precision, since the order of the batches must not show, and where they are: a value for
+                # In double precision, so the order of batches does not show, and on the device: copying a value to
                 # the host would wait for the device after every batch.
                 value = value.detach().to(sums_device).double()
                 total[name] = total[name] + value if name in total else value
@@ -92,7 +92,7 @@ def validate(
 def _measure(
     model: nn.Module, batch: Batch, *, device: torch.device, validation: Validation
 ) -> dict[str, torch.Tensor]:
-    """Return the sums of one batch by name: the objective's and those of the metrics."""
+    """Return the sums of one batch by name, from the objective and the metrics."""
     metrics = validation.metrics
     batch = batch.to(device)
     with _last_logits(model) as seen:
@@ -100,7 +100,7 @@ def _measure(
     sums = {"loss": result.loss} | {f"{_TERM}{name}": value for name, value in result.terms.items()}
     if metrics is None:
         return sums
-    # A loss may call the model otherwise than on the batch as it is, or not at all.
+    # A loss may call the model on something else than the batch, or not at all.
     is_usable = bool(seen) and seen[-1].shape[0] == batch.labels.shape[0]
     return sums | metrics.update(seen[-1] if is_usable else forward_logits(model, batch), batch)
 
@@ -122,7 +122,7 @@ def _last_logits(model: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def _shown(validation: Validation) -> Iterator[Batch]:
-    """Yield the batches, and show how far they are."""
+    """Yield the batches and show the progress."""
     with progress(len(validation.batches), description=validation.name) as bar:
         for done, batch in enumerate(validation.batches, start=1):
             yield batch

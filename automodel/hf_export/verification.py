@@ -1,4 +1,4 @@
-"""See that an exported folder loads to the model that it was made from, before it gets its final name."""
+"""Check that an exported folder loads as the model it was written from, before it gets its final name."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from automodel.checkpoint.weight_reader import some
+from automodel.checkpoint.weight_reader import first_few
 from automodel.distributed.parallel.handle import handle_of
 from automodel.distributed.parallel.layers import decoder_layers, is_peft_model
 from automodel.types import RunError
 
 _NUM_ROWS, _LENGTH = 2, 16
 _FLOAT32_TOLERANCE = 1e-3
-"""Sums in another order, on a GPU and a CPU, differ by less; a wrong weight by more."""
+"""GPU and CPU add in different orders: their results differ by less; a wrong weight makes more difference."""
 _HOST_ATTENTION = ("eager", "sdpa")
-"""What computes on a CPU; flash, flex and hub kernels may not."""
+"""Implementations that run on a CPU; flash, flex and hub kernels may not."""
 
 Digests = dict[str, tuple[torch.dtype, int]]
-"""Of weights by name: type, and checksum of the bytes."""
+"""The dtype of each weight and the checksum of its bytes, by name."""
 
 
 class ExportError(RunError):
-    """What was written does not load to the model that was trained."""
+    """The written files do not load as the trained model."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Probe:
 
     Attributes:
         logits: [2, 16, V] or [2, num_labels], in float32 on the CPU.
-        tolerance: how far they may lie from those of a copy, relative to their norm, by the precision and the number
-            of layers: each rounds, and their errors add up like a random walk. Measured in bf16 for 2, 8 and 32
-            layers: a quarter of what is allowed.
+        tolerance: the largest distance to the logits of a copy, relative to their norm. It follows from the precision
+            and the number of layers, whose rounding errors add up like a random walk. The distance measured in bf16
+            for 2, 8 and 32 layers is a quarter of it.
     """
 
     logits: torch.Tensor
@@ -54,12 +54,12 @@ def probe(
     device: torch.device | str = "cpu",
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Probe:
-    """Run ``model`` on a few fixed tokens, without dropout; nothing of it changes.
+    """Run ``model`` on a few fixed tokens, without dropout; the model is left unchanged.
 
-    Every rank of a sharded model must call it, and all get the same.
+    Every rank of a sharded model must call it, and all get the same result.
 
     Args:
-        autocast: the context in which it computed while it was trained.
+        autocast: makes the autocast context of training.
     """
     handle = handle_of(model)
     vocab_size = handle.plain_model.config.get_text_config().vocab_size
@@ -103,16 +103,16 @@ def verify(
     digests: Digests,
     load_base: Callable[[], PreTrainedModel] | None = None,
 ) -> None:
-    """Load ``folder`` on the CPU as a user would and compare weights and logits; one process calls it.
+    """Load ``folder`` on the CPU as a user would and compare weights and logits; only one process calls it.
 
     Args:
         model: the unwrapped model that the folder was written from, or its twin on the meta device.
-        digests: of the weights that were written, by their names in ``model``. They show any wrong weight, whatever
-            the precision; the logits show what else decides: the configuration, and what is computed from it.
+        digests: of the written weights, by their names in ``model``. They reveal any wrong weight in any precision;
+            the logits reveal a wrong configuration.
         load_base: loads the frozen weights that the adapter in ``folder`` belongs to.
 
     Raises:
-        ExportError: a weight is missing, unknown, or another one, or the logits differ.
+        ExportError: a weight is missing, unknown or different, or the logits differ.
     """
     if is_peft_model(model):
         assert load_base is not None, "an adapter needs its base to be loaded"
@@ -127,15 +127,15 @@ def verify(
 
 
 def use_host_attention(model: PreTrainedModel) -> None:
-    """Have a model on the CPU compute with an attention that works there, whatever it was built with."""
+    """Switch a model on the CPU to an attention implementation that runs there."""
     if model.config._attn_implementation not in _HOST_ATTENTION:
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
 
 
 def compare(got: Probe, *, expected: Probe) -> None:
-    """Raise ExportError unless the logits agree at three of four tokens, relative to their norm, within rounding.
+    """Raise ExportError unless the logits of three in four tokens agree within rounding, relative to their norm.
 
-    A mixture of experts that is undecided between two may send the others elsewhere on another device.
+    The rest may differ in a mixture of experts, where a close routing decision can change with the device.
     """
     tolerance = max(got.tolerance, expected.tolerance)
     if got.logits.shape != expected.logits.shape:
@@ -150,13 +150,13 @@ def compare(got: Probe, *, expected: Probe) -> None:
     typical = differences.quantile(0.75)
     if not typical <= tolerance:
         raise ExportError(
-            f"the written model does not compute what the trained one does: its logits differ by {typical:.1e} of "
-            f"their norm at a quarter of the tokens or more, and at most {tolerance:.1g} is rounding"
+            f"the written model does not compute the same as the trained one: at a quarter of the tokens or more its "
+            f"logits differ by {typical:.1e} of their norm, and rounding explains at most {tolerance:.1g}"
         )
 
 
 def _compare_weights(loaded: Mapping[str, torch.Tensor], digests: Digests) -> None:
-    """Raise ExportError where a loaded weight is not the one written; one of another type is left to the logits."""
+    """Raise ExportError if a loaded weight is not the written one; the logits check weights of another dtype."""
     others = [
         name
         for name, (dtype, checksum) in digests.items()
@@ -164,7 +164,7 @@ def _compare_weights(loaded: Mapping[str, torch.Tensor], digests: Digests) -> No
     ]
     if others:
         raise ExportError(
-            f"{len(others)} weights of the written model are not the trained ones: {some(sorted(others))}"
+            f"{len(others)} weights of the written model are not the trained ones: {first_few(sorted(others))}"
         )
 
 
@@ -185,7 +185,7 @@ def _load_model(folder: Path, model_class: type[PreTrainedModel]) -> PreTrainedM
         "of another shape in": [key[0] for key in report["mismatched_keys"]],
     }
     problems = [
-        f"{len(keys)} weights are {what} the files: {some(sorted(keys))}" for what, keys in kinds.items() if keys
+        f"{len(keys)} weights are {what} the files: {first_few(sorted(keys))}" for what, keys in kinds.items() if keys
     ]
     if problems:
         raise ExportError("the written model does not load: " + "; ".join(problems))
@@ -200,7 +200,7 @@ def _load_adapter(folder: Path, base: PreTrainedModel) -> nn.Module:
         written = set(file.keys())
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     problems = [
-        f"{len(names)} weights are {what}: {some(sorted(names))}"
+        f"{len(names)} weights are {what}: {first_few(sorted(names))}"
         for names, what in ((expected - written, "missing from it"), (written - expected, "unknown to the model"))
         if names
     ]

@@ -24,11 +24,11 @@ def write_weight_files(
 ) -> None:
     """Write ``model.safetensors``, or shards of at most ``max_size`` with their index, into ``folder``.
 
-    Names and layout are those of files on the hub: where transformers fuses or renames weights as it loads them,
-    that is undone.
+    Names and layout are those of files on the hub: if transformers fuses or renames weights when it loads them, that
+    is undone.
 
     Args:
-        model: any model of the architecture, for its conversions alone; it may be on the meta device.
+        model: any model of the architecture, used only for its conversions; it may be on the meta device.
         described: the weights of the model by name, as meta tensors of the shape and type to write.
         read: returns a weight, of the shape and type described.
     """
@@ -37,7 +37,7 @@ def write_weight_files(
     for names in groups:
         outlines |= _converted(model, {name: described[name] for name in names})
     split = split_torch_state_dict_into_shards(
-        {name: torch.empty_like(tensor) for name, tensor in outlines.items()},  # of its own storage, not of a part
+        {name: torch.empty_like(tensor) for name, tensor in outlines.items()},  # views would count as shared
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_size,
     )
@@ -53,7 +53,7 @@ def write_weight_files(
 
 
 def _independent_groups(model: PreTrainedModel, described: Weights) -> list[list[str]]:
-    """Return names of weights that can be converted apart: each alone, or where that is not the same, all at once."""
+    """Return groups of weights that can be converted separately: each alone or, if that changes the result, all."""
     apart: dict[str, torch.Size] = {}
     for name, tensor in described.items():
         apart |= _shapes(_converted(model, {name: tensor}))
@@ -70,6 +70,6 @@ def _shapes(weights: Weights) -> dict[str, torch.Size]:
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
-    """Return ``tensor`` in storage of its own."""
+    """Return ``tensor`` contiguous and in its own storage."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor

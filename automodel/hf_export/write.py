@@ -1,4 +1,4 @@
-"""The final model as a Hugging Face directory."""
+"""Write the final model as a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -37,20 +37,22 @@ def export_model(
 ) -> None:
     """Write weights, configuration, generation settings and tokenizer to ``folder``, replacing what is there.
 
-    Of a model with adapters, the adapter alone is written, in PEFT's format. Every rank must call it: sharded
-    weights are gathered to rank 0's memory. The files are complete before anything is checked; they get the name
-    ``folder`` once rank 0 has loaded them on the CPU to the weights and logits of the live model, and until then, or
-    if that fails, they are in ``folder.unverified`` beside an earlier ``folder``.
+    For a model with adapters only the adapter is written, in PEFT's format. Every rank must call it: sharded weights
+    are gathered in rank 0's memory.
+
+    The files are written to ``folder.unverified`` first. Rank 0 loads them on the CPU and compares weights and logits
+    with the live model; only then are they renamed to ``folder``. If that fails, they stay there, and an earlier
+    ``folder`` is kept.
 
     Args:
-        device: where the live model computes.
-        autocast: the context in which it computes.
-        load_base: loads the frozen weights again, where adapters are verified.
-        must_verify: False leaves the second load out.
-        dtype: in which the weights of a whole model are written; None: as they are.
+        device: the device of the live model.
+        autocast: makes the autocast context of the live model.
+        load_base: loads the frozen weights again, to verify adapters.
+        must_verify: False skips loading and comparing.
+        dtype: the dtype of the written weights, adapters excepted; None: unchanged.
 
     Raises:
-        ExportError: on every rank, where what was written could not be verified; it says where that is.
+        ExportError: on every rank, if verification failed; the message says where the files are.
     """
     handle = handle_of(model)
     unwrapped = handle.plain_model
@@ -68,7 +70,7 @@ def export_model(
             for alias in unwrapped.all_tied_weights_keys:
                 weights.pop(alias, None)
             _save_whole(unwrapped, partial, weights, dtype=dtype)
-        weights.clear()  # before a second model comes into memory
+        weights.clear()  # before a second model is loaded
         tokenizer.save_pretrained(partial)
         return digests
 
@@ -81,13 +83,13 @@ def export_model(
 
 
 def write_generation_settings(model: nn.Module, folder: Path) -> None:
-    """Write where generation stops, with the model's other settings for it; of a classifier, nothing."""
+    """Write the model's generation settings, such as its stop tokens; nothing for a classifier."""
     if model.can_generate():
         model.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
 
 
 def _cast(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Bring weights to a type one by one, so that few are in memory twice."""
+    """Cast weights one by one, so that only one at a time is in memory twice."""
     for name, weight in weights.items():
         weights[name] = weight.to(dtype) if weight.is_floating_point() else weight
 
@@ -96,13 +98,13 @@ def _save_whole(
     model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor], *, dtype: torch.dtype | None
 ) -> None:
     model.save_pretrained(folder, state_dict=weights)
-    if dtype not in (None, model.dtype):  # which the configuration now names, and a loader goes by
+    if dtype not in (None, model.dtype):  # save_pretrained wrote the model's own, and loaders obey it
         model.config.dtype = dtype
         model.config.save_pretrained(folder)
 
 
 def write_unverified(folder: Path, write: Callable[[Path], T]) -> tuple[Path, T]:
-    """Have ``write`` fill a new folder, which appears whole beside ``folder``, under a name that says it is unverified.
+    """Let ``write`` fill a new folder, and name it ``folder.unverified`` once it is complete.
 
     Returns:
         (the folder, what ``write`` returned).
@@ -121,7 +123,7 @@ def write_unverified(folder: Path, write: Callable[[Path], T]) -> tuple[Path, T]
 
 @contextmanager
 def kept_if_unverified(unverified: Path) -> Iterator[None]:
-    """Turn whatever fails in the block into an ExportError that says where the files are."""
+    """Turn any failure in the block into an ExportError that says where the files are."""
     try:
         yield
     except Exception as error:
@@ -130,13 +132,13 @@ def kept_if_unverified(unverified: Path) -> Iterator[None]:
 
 
 def publish(unverified: Path, folder: Path) -> None:
-    """Give a written folder its final name, in the place of what had it."""
+    """Rename a written folder to its final name, replacing an earlier folder."""
     shutil.rmtree(folder, ignore_errors=True)
     unverified.rename(folder)
 
 
 def _free_name(folder: Path) -> Path:
-    """Return a name for an unverified folder that no earlier one has."""
+    """Return an unused name for an unverified folder."""
     names = (
         f"{folder.name}.unverified{suffix}"
         for suffix in itertools.chain([""], (f".{number}" for number in itertools.count(2)))

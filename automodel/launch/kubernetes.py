@@ -25,7 +25,7 @@ _SAVING_SECONDS = 60
 
 @dataclass(frozen=True)
 class KubernetesLaunch:
-    """What ``launch=kubernetes`` configures; the defaults stand in ``conf/launch/kubernetes.yaml``."""
+    """What ``launch=kubernetes`` configures; the defaults are in ``conf/launch/kubernetes.yaml``."""
 
     dry_run: bool
     image: str

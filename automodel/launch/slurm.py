@@ -29,7 +29,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class SlurmLaunch:
-    """What ``launch=slurm`` configures; the defaults stand in ``conf/launch/slurm.yaml``."""
+    """What ``launch=slurm`` configures; the defaults are in ``conf/launch/slurm.yaml``."""
 
     dry_run: bool
     template: str
@@ -71,7 +71,7 @@ class SlurmLaunch:
             return
         if shutil.which("sbatch") is None:
             raise UserError(
-                "launch=slurm: there is no sbatch on this machine; submit from a login node of the cluster, or look at "
+                "launch=slurm: there is no sbatch on this machine; submit from a login node of the cluster, or see "
                 "the script with launch.dry_run=true"
             )
         folder = submission.run_dir / "slurm"
@@ -193,8 +193,8 @@ def _submit_script(script: str, folder: Path) -> str:
         file.unlink()
         for each in made:
             each.rmdir()
-        told = done.stderr.strip() or f"status {done.returncode}"
-        raise UserError(f"sbatch refused the job: {told}")
+        reason = done.stderr.strip() or f"status {done.returncode}"
+        raise UserError(f"sbatch refused the job: {reason}")
     if done.stderr.strip():
         print(done.stderr.strip(), file=sys.stderr)
     return done.stdout.strip().split(";")[0]

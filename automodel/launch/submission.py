@@ -40,7 +40,7 @@ class ClusterLaunch(Protocol):
 def submission_of(cfg: Config, argv: list[str], *, env: Mapping[str, str] = os.environ) -> Submission:
     """Return the run of ``cfg``, which the command line ``argv`` made.
 
-    The run directory is chosen here, so that a job that is requeued goes on in it.
+    The run directory is chosen here, so a requeued job resumes in it.
 
     Raises:
         UserError: the command line holds a secret, which a script or manifest would show.

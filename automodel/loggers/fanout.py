@@ -1,4 +1,4 @@
-"""All loggers behind one sink that never stops a training."""
+"""Combine all loggers in one sink that never stops training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class MetricSink(Protocol):
     """Where metric records go."""
 
     def log(self, record: dict[str, Any]) -> None:
-        """Take one record: ``kind``, ``step`` and numbers by name."""
+        """Log one record: ``kind``, ``step`` and numbers by name."""
 
     def close(self) -> None:
         """Finish writing."""
@@ -26,22 +26,22 @@ class MetricLogger(Protocol):
     """What a section of the ``logger`` group builds."""
 
     def open(self, run_dir: RunDir, *, run_id: str, config: dict[str, Any]) -> MetricSink:
-        """Begin to log a run."""
+        """Start logging a run."""
 
 
 class Fanout:
-    """Hands every record to every sink; one that fails is named once and left out from then on."""
+    """Passes every record to every sink; a sink that fails is reported once and dropped."""
 
     def __init__(self, sinks: dict[str, MetricSink]) -> None:
         self._sinks = sinks
 
     def log(self, record: dict[str, Any]) -> None:
-        """Take one record; its words, such as the name of a validation set, are handed on without secrets."""
+        """Log one record; secrets in its strings, such as the name of a validation set, are masked."""
         plain = {key: masked_text(value) if isinstance(value, str) else value for key, value in record.items()}
         self._each("log", plain)
 
     def close(self) -> None:
-        """Finish every sink."""
+        """Close every sink."""
         self._each("close")
 
     def _each(self, method: str, *args: Any) -> None:
@@ -50,7 +50,7 @@ class Fanout:
                 getattr(sink, method)(*args)
             except Exception as error:
                 del self._sinks[name]
-                _tell_failure(name, error)
+                _warn_of_failure(name, error)
 
 
 def open_loggers(
@@ -62,9 +62,9 @@ def open_loggers(
         try:
             sinks[name] = logger.open(run_dir, run_id=run_id, config=config)
         except Exception as error:
-            _tell_failure(name, error)
+            _warn_of_failure(name, error)
     return Fanout(sinks)
 
 
-def _tell_failure(name: str, error: Exception) -> None:
+def _warn_of_failure(name: str, error: Exception) -> None:
     log.warning("logger %s failed and is left out from now on: %s: %s", name, type(error).__name__, error)

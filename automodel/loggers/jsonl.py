@@ -1,4 +1,4 @@
-"""Metrics as JSON lines, one object a line, written at once."""
+"""Metrics as JSON lines, one object a line, flushed after each."""
 
 from __future__ import annotations
 

@@ -29,9 +29,9 @@ class WandbLogger:
     mode: Literal["online", "offline", "disabled"] | None = None
 
     def open(self, run_dir: RunDir, *, run_id: str, config: dict[str, Any]) -> WandbSink:
-        """Begin, or go on with, the wandb run of this run id; offline where nobody is logged in.
+        """Start or resume the wandb run with this run id; offline if nobody is logged in.
 
-        An offline run leaves a folder for each start, which ``wandb sync`` puts together by their id.
+        Each start of an offline run leaves a folder; ``wandb sync`` merges them by the run id.
         """
         import wandb
 
@@ -58,22 +58,22 @@ class WandbSink:
     """A running wandb run.
 
     Args:
-        sent: the last step that earlier starts sent, by prefix. A run that was killed repeats the steps after its
-            checkpoint, and W&B cannot take a row back: they are left out.
-        note: where ``sent`` is kept, if W&B itself cannot be asked for it.
+        sent: the last step that earlier starts sent, by prefix. A killed run repeats the steps after its checkpoint;
+            W&B cannot delete rows, so these steps are not sent again.
+        note: the file that keeps ``sent`` of an offline run, which cannot ask W&B for it.
     """
 
     def __init__(self, run: Any, *, sent: dict[str, int], note: Path | None = None) -> None:
         self._run, self._sent, self._note = run, sent, note
-        self._told = False
+        self._has_reported_repeats = False
 
     def log(self, record: dict[str, Any]) -> None:
-        """Send a record; each validation set has a prefix of its own, and ``step`` is the axis of all."""
+        """Send a record; each validation set has its own prefix, and ``step`` is the axis of all."""
         kind = record["kind"]
         prefix = kind if kind == "train" else f"{kind}/{record['name']}"
         step = record["step"]
         if step <= self._sent.get(prefix, -1):
-            self._tell(step)
+            self._report_repeats(step)
             return
         left_out = ("kind", "name", "step", "timestamp")
         values = {f"{prefix}/{key}": value for key, value in record.items() if key not in left_out}
@@ -83,21 +83,21 @@ class WandbSink:
             write_whole(self._note, json.dumps(self._sent))
 
     def close(self) -> None:
-        """Finish the run; of one that was kept offline, say where it is and how it is sent."""
+        """Finish the run; if it was kept offline, log how to send it."""
         self._run.finish()
         if self._note is not None:
             starts = f"{shlex.quote(str(self._note.parent.resolve()))}/offline-run-*"
             log.info("wandb: kept offline; send it with: wandb sync %s", starts)
 
-    def _tell(self, step: int) -> None:
-        if not self._told:
-            log.info("wandb: has step %d already; it stays as it is, up to step %d", step, max(self._sent.values()))
-            self._told = True
+    def _report_repeats(self, step: int) -> None:
+        if not self._has_reported_repeats:
+            log.info("wandb: has step %d already; steps up to %d are not sent again", step, max(self._sent.values()))
+            self._has_reported_repeats = True
 
 
 @contextmanager
 def _masked_command() -> Iterator[None]:
-    """Keep secrets of the command line from wandb, which makes a record of it."""
+    """Mask secrets in the command line, which wandb records."""
     before = sys.argv
     sys.argv = [masked_text(argument) for argument in before]
     try:
@@ -107,7 +107,7 @@ def _masked_command() -> Iterator[None]:
 
 
 def _sent_before(run: Any) -> dict[str, int]:
-    """Return what W&B itself knows of the earlier starts of ``run``; what was lost on its way is sent again."""
+    """Return the last step that W&B has from earlier starts of ``run``, by prefix."""
     if not run.resumed:
         return {}
     return {key.removesuffix("/step"): int(step) for key, step in run.summary.items() if key.endswith("/step")}
@@ -115,7 +115,7 @@ def _sent_before(run: Any) -> dict[str, int]:
 
 def _default_mode() -> str | None:
     if "WANDB_MODE" in os.environ or "WANDB_API_KEY" in os.environ:
-        return None  # as the environment says
+        return None  # wandb reads the environment itself
     import wandb
 
     if wandb.login(prompt=False, verify=False):

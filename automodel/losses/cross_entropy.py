@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    Batch = Any  # of data/batches, a neighbour of this room
+    Batch = Any  # that of data/batches, which this room does not import
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class CrossEntropy:
 def forward_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Return the model's logits for ``batch``, without its own loss (which would shift the labels again).
 
-    No cache is made: beside one, transformers does not look for packed documents in ``position_ids``.
+    Without a cache, because with one transformers ignores packed documents in ``position_ids``.
     """
     return model(**batch.inputs, use_cache=False).logits
 

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over the examples of one micro-batch. All are divided by the same count, once a step, over all ranks.
+    """Sums over the examples of one micro-batch. All are divided once per step by the same count over all ranks.
 
     Attributes:
         loss: scalar with a graph.
-        terms: further scalars by name, which are only logged, as ``metric/NAME``: parts of the loss, margins, hits...
+        terms: further scalars by name, only logged as ``metric/NAME``: parts of the loss, margins, hits...
             Every micro-batch on every rank must have the same names.
     """
 
@@ -28,13 +28,13 @@ class Sums:
 
 
 class Objective(Protocol):
-    """What a recipe minimises. Any function ``(model, batch) -> loss sum`` becomes one by ``as_objective``."""
+    """What a recipe minimises. ``as_objective`` makes one from any function ``(model, batch) -> loss sum``."""
 
     def __call__(self, model: nn.Module, batch: Any) -> Sums:
         """Run ``model`` forward on a Batch and return its sums; 0 for a batch without a supervised example."""
 
     def count(self, batch: Any) -> int:
-        """Return what the sums of ``batch`` are divided by (tokens, rows, pairs); known without the device."""
+        """Return the divisor of the sums of ``batch`` (tokens, rows, pairs), without waiting for the device."""
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class HFModel:
                 dtype=torch_dtype(self.dtype),
                 attn_implementation=self.attn_implementation,
                 use_safetensors=True,
-                ignore_mismatched_sizes=True,  # told below, in words
+                ignore_mismatched_sizes=True,  # reported below
                 output_loading_info=True,
                 **options,
             )

@@ -122,5 +122,5 @@ def _refusal(attention: str, what: str) -> str:
     return (
         f"packing.enabled=true: this model with attention {attention!r} {what}; set packing.enabled=false{other}. "
         "No setting helps where layers of linear attention, state spaces or convolutions run on from one document "
-        "into the next, or where the model's own code masks without looking at position_ids"
+        "into the next, or where the model's own code masks without reading position_ids"
     )

@@ -1,6 +1,6 @@
 """Fill a sharded model from its weight files, each rank its own shards alone.
 
-So that the ranks of a node together hold the model once and read its files once, whatever their number.
+The ranks of a node together hold the model once and read its files once.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class UnfilledModel:
         if adapters is None:
             return self.model
         for parameter in list(self.model.parameters()):
-            # PEFT draws on the device of the weight it adapts. One element stands for all, so this takes no memory.
+            # PEFT draws on the device of the weight it adapts. One element is expanded to all, so this takes no memory.
             _become(parameter, torch.empty((), dtype=parameter.dtype).expand(parameter.shape))
         adapted = adapters.apply(self.model, task=task)
         for name, parameter in list(adapted.named_parameters()):
@@ -96,8 +96,8 @@ def unfilled_model(
 ) -> UnfilledModel | None:
     """Build the model of ``source`` without weights, to be filled once it is sharded; every rank must call it.
 
-    None, on all ranks alike, where that cannot give exactly what loading the whole gives, and the log says why; and of
-    a source that is no pretrained model.
+    Returns None on all ranks if that cannot give exactly the model that loading it whole gives (the log says why), and
+    for a source without pretrained weights.
 
     Args:
         source: what the ``model`` section builds, on every rank the same.
@@ -255,7 +255,7 @@ def _require_same(
     require_complete(source.pretrained_model_name_or_path, found.to_dict(), has_new_head=has_new_head, model=model)
     if missing or found.mismatched_keys:
         name = min(missing) if missing else min(found.mismatched_keys)[0]
-        raise _MustLoadWhole(f"{name} is not in the files as it is in the model, and begins anew")
+        raise _MustLoadWhole(f"{name} is not in the files, so it is initialised")
 
 
 def _own_name(name: str) -> str:

@@ -18,8 +18,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Split the trained parameters: matrices decay as configured; norms, biases and other vectors never do.
 
-    Parameters of different meshes (some tensor parallel, some not) get groups of their own: the optimizers' fused
-    kernels take those of one mesh at a time.
+    Parameters on different meshes (some tensor parallel, some not) get separate groups: fused kernels take parameters
+    of one mesh at a time.
     """
     groups: dict[Any, list[nn.Parameter]] = {}
     for parameter in model.parameters():

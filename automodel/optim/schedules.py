@@ -5,9 +5,9 @@ With N steps in the run, W of them warm-up, and k = max(W, 1) the step at the pe
     peak * s / W                          for s < k
     peak * decay((s - k) / (N + 1 - k))   for s >= k
 
-where ``decay`` goes from 1 at 0 to ``min_lr_ratio`` at 1. The decay would end at step N + 1, so that every step trains:
-the first one at the peak where there is no warm-up, and the last one above ``min_lr_ratio``. Without warm-up these are
-the rates of transformers' schedules of the same names; with it theirs begin at 0, a step that trains nothing.
+where ``decay`` falls from 1 at 0 to ``min_lr_ratio`` at 1. It would reach ``min_lr_ratio`` at step N + 1, so every step
+trains: without warm-up the first step is at the peak, and the last step is above ``min_lr_ratio``. Without warm-up the
+rates equal those of transformers' schedules of the same names; with warm-up theirs start at 0, where nothing trains.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _schedule(
         warn_for_all(
             log,
             "the warm-up takes %d steps and the run has %d: the learning rate rises to the end, where it is %.0f%% of "
-            "optimizer.lr; lower lr_scheduler.warmup_steps or warmup_ratio",
+            "optimizer.lr; reduce lr_scheduler.warmup_steps or warmup_ratio",
             num_warmup, total_steps, 100 * total_steps / num_warmup,
         )  # fmt: skip
 

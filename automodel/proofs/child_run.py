@@ -1,4 +1,4 @@
-"""A run that a verb starts to look at what comes of it."""
+"""A run that a verb starts, to check its outcome."""
 
 from __future__ import annotations
 
@@ -85,6 +85,6 @@ class ChildRun:
             raise RunError(self.how_it_ended(status))
 
     def how_it_ended(self, status: int) -> str:
-        """Return ``status`` in words, with the last lines on its screen."""
+        """Return a sentence about ``status``, with the last lines of output."""
         last = self._output.read_text(errors="replace").splitlines()[-_NUM_LAST_LINES:]
         return f"the {self._name} run ended with status {status}; its last lines:\n" + "\n".join(f"  {x}" for x in last)

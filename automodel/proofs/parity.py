@@ -208,7 +208,7 @@ def _print_table(steps: dict[str, list[Difference]], weights: Difference) -> Non
 
 
 def _hints(tree: dict[str, Any], model_folder: Path, *, only_weights: bool) -> list[str]:
-    """Return what to look at, what applies for certain first."""
+    """Return what to check, certain causes first."""
     hints = []
     if tree["distributed"].get("mixed_precision") != "float32" or tree["model"].get("dtype") == "bfloat16":
         hints.append("bf16 keeps three digits: compare with distributed.mixed_precision=float32 model.dtype=float32")

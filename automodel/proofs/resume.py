@@ -194,7 +194,7 @@ class KillableRun(ChildRun):
         return Kill(kind, moment, status)
 
     def _wait_for(self, step: int, draw: random.Random, *, is_in_save: bool) -> str | None:
-        """Wait for the moment of a kill and return it in words; None where the run ends before."""
+        """Wait for the moment of a kill and return its description; None if the run ends first."""
         share = draw.random()
         first_seen = None
         while not self.has_ended:
@@ -240,7 +240,7 @@ def lines_of(metrics: Path) -> list[dict[str, Any]]:
 
 
 def first_difference(expected: list[dict[str, Any]], got: list[dict[str, Any]]) -> str | None:
-    """Return the first line in which two metrics files differ, in words; None where they are the same."""
+    """Return a sentence about the first line in which two metrics files differ; None if they are equal."""
     for number, (one, other) in enumerate(zip(expected, got, strict=False), start=1):
         for key in one.keys() | other.keys():
             if one.get(key) != other.get(key):

@@ -135,7 +135,7 @@ def _close_run_dir(run_dir: RunDir, status: ExitStatus, ended: dict[str, Any]) -
         return
     try:
         run_dir.update_record(ended=ended | {"time": datetime.now(UTC).isoformat()})
-    except OSError as error:  # a full disk, say: what ended the run has been told already
+    except OSError as error:  # a full disk, for example; the cause of the failure is reported already
         print(f"error: run.json could not be brought up to date: {error}", file=sys.stderr)
     run_dir.release()
 
@@ -143,7 +143,9 @@ def _close_run_dir(run_dir: RunDir, status: ExitStatus, ended: dict[str, Any]) -
 def _how_it_failed(error: BaseException, watchdog: Watchdog | None) -> tuple[ExitStatus, dict[str, Any]]:
     from automodel.distributed.runtime.dist_info import get_rank_safe
 
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, on account of a peer: it has its way soon
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # from the launcher, because a peer failed; this process ends soon anyway
     from automodel.train.loop import RunStopped
 
     if isinstance(error, UserError):
@@ -166,11 +168,11 @@ def _how_it_failed(error: BaseException, watchdog: Watchdog | None) -> tuple[Exi
     if watchdog is not None:
         watchdog.fail(what)
     _record_for_agent(error)
-    report_failure(_in_words(error))
+    report_failure(_describe(error))
     return ExitStatus.FAILED, {"status": "failed", "error": what}
 
 
-def _in_words(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     return f"error: {error}" if isinstance(error, RunError) else "".join(traceback.format_exception(error))

@@ -76,7 +76,7 @@ def log_where_and_next(parts: Assembly, folder: Path) -> None:
 
 
 def as_text(table: Table) -> str:
-    """Render a rich table as plain lines, for the screen and the log file alike."""
+    """Render a rich table as plain lines, for both the screen and the log file."""
     console = Console(file=io.StringIO(), width=100)
     console.print(table)
     return console.file.getvalue().rstrip()

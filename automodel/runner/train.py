@@ -65,7 +65,7 @@ def train(job: Job, recipe: Recipe, run: Run) -> None:
     if train_set is not None and (len(train_set.shares) > 1 or parts.data.pack_length):
         log.info("an epoch\n%s", as_text(share_table(train_set)))
     if saved is not None and saved.rng is not None:
-        set_rng_state(saved.rng)  # last, after whatever building drew
+        set_rng_state(saved.rng)  # last, because building draws random numbers
     _run_and_export(parts, run, loop)
     if parts.validation is not None and parts.validation.scores:
         log.info("what was learned\n%s", "\n".join(map(as_text, score_tables(parts.validation.scores))))

@@ -1,4 +1,4 @@
-"""The run directory: its lock, its record of the run, and where each thing lies in it."""
+"""The run directory: its lock, the record of its run, and the paths in it."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class RunDir:
 
     @classmethod
     def open(cls, path: Path, *, wait_sec: float = WAIT_SEC) -> RunDir:
-        """Make the folder and lock it until this process ends.
+        """Create the folder and lock it until this process ends.
 
-        Another run that may have ended with its node is waited for, up to ``wait_sec``.
+        If the holder of the lock may have died with its node, wait up to ``wait_sec`` for the lock.
 
         Raises:
-            UserError: another process holds it, or it cannot be made.
+            UserError: another process holds it, or it cannot be created.
         """
         run_dir = cls(path)
         try:
@@ -54,15 +54,15 @@ class RunDir:
         return run_dir
 
     def holds_run(self) -> bool:
-        """Return whether a finished or unfinished run lies here."""
+        """Return whether the folder holds a run, finished or not."""
         return self.run_json_path.exists() or self.metrics_path.exists() or self.checkpoints_dir.exists()
 
     def recorded_run_id(self) -> str | None:
-        """Return the id of the run that lies here: one that is started again by hand goes on under it."""
+        """Return the id of the run in this folder, which it keeps when it is restarted by hand."""
         return self._record().get("run_id")
 
     def abandon(self) -> None:
-        """Release the lock and, where no run lies here, remove what ``open`` made, empty parents included."""
+        """Release the lock and, if the folder holds no run, remove the folders that ``open`` created."""
         if not self.holds_run():
             self._lock_path.unlink(missing_ok=True)
             if self._made:
@@ -73,7 +73,7 @@ class RunDir:
         self.release()
 
     def release(self) -> None:
-        """Let others write here."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -83,7 +83,7 @@ class RunDir:
         write_whole(self.config_path, text)
 
     def start_record(self, *, resumed_from_step: int | None, **facts: Any) -> None:
-        """Write ``run.json`` for this start; ``resumed_from_step`` joins those of earlier starts."""
+        """Write ``run.json`` for this start; ``resumed_from_step`` is appended to those of earlier starts."""
         starts = self._record().get("resumed_from_step", [])
         record = facts | {"resumed_from_step": [*starts, resumed_from_step], "ended": None}
         write_whole(self.run_json_path, json.dumps(masked(record), indent=2) + "\n")
@@ -93,7 +93,7 @@ class RunDir:
         write_whole(self.run_json_path, json.dumps(self._record() | masked(facts), indent=2) + "\n")
 
     def metrics_size(self) -> int:
-        """Return the length in bytes of the metrics file; 0 where there is none."""
+        """Return the length in bytes of the metrics file; 0 if there is none."""
         return self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
 
     def cut_metrics(self, num_bytes: int) -> None:
@@ -109,7 +109,7 @@ class RunDir:
 
 
 def environment_record() -> dict[str, Any]:
-    """Return what this run runs on: command, versions, git commit of the working folder, host."""
+    """Return the environment of this run: command, versions, git commit of the working folder, host."""
     names = ("torch", "transformers", "datasets", "hydra-core", "numpy")
     versions = {"automodel": __version__, "python": platform.python_version()} | {
         name: _version(name) for name in names
@@ -138,14 +138,14 @@ def _git_commit() -> str | None:
 
 
 def _make_folders(path: Path) -> list[Path]:
-    """Make ``path`` and return the folders made, deepest first."""
+    """Create ``path`` and return the created folders, deepest first."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     return missing
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new, never a part."""
+    """Write a file atomically: a reader sees the old text or the new, never a part of it."""
     new = path.with_name(f".{path.name}.new")
     try:
         new.write_text(text)

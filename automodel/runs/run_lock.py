@@ -1,4 +1,4 @@
-"""The lock of a run directory: by the kernel where the file system can, else by a file that its owner keeps fresh."""
+"""The lock of a run directory: a kernel lock where the file system supports it, else a file with a heartbeat."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from automodel.types import ExitStatus, UserError
 log = get_logger(__name__)
 
 WAIT_SEC = 180.0
-"""How long to wait for a lock whose holder may be dead: NFS keeps those of a node that went down for 90 s, Lustre for
-150 s."""
+"""How long to wait for a lock whose holder may be dead: after a node goes down, NFS keeps its locks for 90 s, Lustre
+for 150 s."""
 BEAT_SEC = 5.0
 STALE_SEC = 30.0
-"""Without a heartbeat for so long, the owner of a lock file counts as dead: several missed ones, as one may be late."""
+"""Silence after which the owner of a lock file counts as dead: several heartbeats, since a single one may be late."""
 
 _HELD_BY_ANOTHER = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _RESTART_COUNTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
@@ -51,7 +51,7 @@ class Holder:
 
     @classmethod
     def read(cls, path: Path) -> Holder | None:
-        """Return who signed in ``path``; None if nobody has, or not yet."""
+        """Return the holder recorded in ``path``, or None if there is none yet."""
         try:
             return cls(**json.loads(path.read_text().partition("\n")[0]))
         except (OSError, ValueError, TypeError):
@@ -64,9 +64,9 @@ class Holder:
 
     @property
     def may_be_dead(self) -> bool:
-        """Whether to wait for it: always, unless it is seen to live on this node and is not of this very job.
+        """Whether to wait for it: yes, unless it is alive on this node and belongs to another job.
 
-        A scheduler that starts a job again may do so before the job's first start, or its node, is quite gone.
+        A scheduler may restart a job before the job's first start, or its node, is completely gone.
         """
         is_restart = any(os.environ.get(name, "0") not in ("", "0") for name in _RESTART_COUNTS)
         is_of_our_job = self.job_id is not None and self.job_id == os.environ.get("SLURM_JOB_ID")
@@ -104,7 +104,7 @@ class RunLock:
         self._file.flush()
 
     def release(self) -> None:
-        """Let another process have the folder; nothing happens the second time."""
+        """Release the folder; a second call does nothing."""
         if self._file is None:
             return
         self._file.close()
@@ -117,18 +117,18 @@ class RunLock:
     def _hold(self, path: Path, wait_sec: float) -> None:
         try:
             self._wait_for(path, lambda passed_sec: self._lock(path), wait_sec)
-            if not self._owner_file.exists():  # there is one if another node could not lock
+            if not self._owner_file.exists():  # it exists if another node could not lock
                 return
         except OSError as error:
             log.warning(
-                "output_dir=%s: its file system has no locks (%s); %s shows other runs that it is in use",
+                "output_dir=%s: its file system has no locks (%s); the file %s marks it as in use instead",
                 path.parent, error.strerror, self._owner_file.name,
             )  # fmt: skip
         self._wait_for(self._owner_file, self._own, wait_sec)
         threading.Thread(target=self._beat, name="run lock", daemon=True).start()
 
     def _wait_for(self, path: Path, attempt: Callable[[float], bool], wait_sec: float) -> None:
-        """Call ``attempt`` with the seconds passed until it succeeds, while the holder may be dead."""
+        """Call ``attempt(passed_sec)`` until it succeeds, for as long as the holder may be dead."""
         holder, is_announced = None, False
         for passed_sec in poll_for(wait_sec):
             if attempt(passed_sec):
@@ -136,7 +136,7 @@ class RunLock:
             holder = Holder.read(path) or holder
             if holder is not None and not holder.may_be_dead:
                 break
-            if not is_announced and (holder is not None or passed_sec > 1):  # else it is about to sign
+            if not is_announced and (holder is not None or passed_sec > 1):  # else its record may come yet
                 is_announced = True
                 log.warning(
                     "output_dir=%s is held by another run (%s), which may have ended with its node; waiting up to "
@@ -149,7 +149,7 @@ class RunLock:
         )
 
     def _lock(self, path: Path) -> bool:
-        """Lock the file unless another process has; raises OSError where the file system cannot."""
+        """Try to lock the file and return whether that worked; raises OSError if the file system has no locks."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -158,13 +158,13 @@ class RunLock:
             raise
         if path.exists() and os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
             return True
-        self._file.close()  # the previous holder has removed it with its folder
+        self._file.close()  # the previous holder removed it with its folder
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+")
         return False
 
     def _own(self, passed_sec: float) -> bool:
-        """Create the owner's file unless another process has, and remove a dead one's."""
+        """Try to create the owner file and return whether that worked; remove the file of a dead owner."""
         try:
             with self._owner_file.open("x") as file:
                 file.write(self._signature(0))
@@ -181,22 +181,22 @@ class RunLock:
         return False
 
     def _remove_owner(self, text: str) -> None:
-        """Remove the owner's file if it still reads ``text``: by a rename, which succeeds for one of two processes."""
+        """Remove the owner file if it still contains ``text``; of two processes, the rename succeeds in only one."""
         old = self._owner_file.with_name(f"{self._owner_file.name}.{self._me.token}")
         self._owner_file.rename(old)
-        if old.read_text() != text:  # another process was quicker, and this is its own
+        if old.read_text() != text:  # another process was quicker, and this is its file
             with suppress(FileExistsError):
                 os.link(old, self._owner_file)
         old.unlink()
 
     def _beat(self) -> None:
-        """Show every few seconds that this process lives; end it if another run took the folder over."""
+        """Write a heartbeat every few seconds; end this process if another run has taken over the folder."""
         beats = 0
         while not self._released.wait(BEAT_SEC):
             holder = Holder.read(self._owner_file)
             if holder is not None and holder.token != self._me.token:
                 log.error(
-                    "output_dir=%s was taken over by another run (%s): this one gave no sign of life for %.0f s",
+                    "output_dir=%s was taken over by another run (%s), because this one sent no heartbeat for %.0f s",
                     self._owner_file.parent, holder, STALE_SEC,
                 )  # fmt: skip
                 os._exit(ExitStatus.FAILED)

@@ -1,4 +1,4 @@
-"""How much arithmetic a model's training takes, and how much a device can do: model FLOPs utilisation."""
+"""FLOPs of a training step and peak FLOPs of a device, for model FLOPs utilisation (MFU)."""
 
 from __future__ import annotations
 
@@ -38,40 +38,41 @@ _PEAK_TFLOPS = {
     "NVIDIA GeForce RTX 3090": 71.0,
     "NVIDIA GeForce RTX 4090": 165.2,
 }
-"""Dense bf16 peaks with float32 accumulation, from NVIDIA's data sheets, by the name that the driver gives."""
+"""Dense bf16 peaks with float32 accumulation, from NVIDIA's data sheets, by the driver's name of the device."""
 
 
 @dataclass(frozen=True)
 class TrainingFlops:
-    """FLOPs of a forward and backward.
+    """FLOPs of a forward and backward pass.
 
     Attributes:
         per_token: in the matrix multiplications by weights.
-        per_squared_length: in attention, for each unit of a document's squared length.
+        per_squared_length: in attention, per unit of a document's squared length.
     """
 
     per_token: float = 0.0
     per_squared_length: float = 0.0
 
     def total(self, num_tokens: int, sum_squared_lengths: int) -> float:
-        """Return the FLOPs for documents of so many tokens, whose squared lengths add up to the second number."""
+        """Return the FLOPs for documents with ``num_tokens`` in total, given the sum of their squared lengths."""
         return self.per_token * num_tokens + self.per_squared_length * sum_squared_lengths
 
 
 def training_flops(model: nn.Module) -> TrainingFlops:
     """Count the FLOPs of a training step of ``model``, perhaps wrapped or sharded.
 
-    As in PaLM (Chowdhery et al. 2022, appendix B), a trained weight takes 6 FLOPs a token (2 in the forward, 2 for the
-    gradient of its input, 2 for its own), and attention 12 x layers x heads x head size a token and position of its
-    document, causal or not. A frozen weight has no gradient of its own and takes 4. Only what multiplies counts:
-    matrices, but not the look-up of an embedding (a tied one multiplies as the output layer), and of the stacked
-    weights of experts [experts, ...] the share that a token is sent to. What is computed twice counts once.
+    As in PaLM (Chowdhery et al. 2022, appendix B), a trained weight takes 6 FLOPs per token: 2 in the forward pass, 2
+    for the gradient of its input, 2 for its own gradient. A frozen weight has no gradient and takes 4. Attention takes
+    12 x layers x heads x head size per token and position of its document, causal or not.
+
+    Only matrix multiplications count. An embedding is looked up and does not count, unless it is tied to the output
+    layer. Of stacked expert weights [experts, ...] the share that a token is routed to counts. Recomputation does not.
     """
     config = unwrap(model).config.get_text_config()
     embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     matrices = {
         id(parameter): parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)  # a tied one has both names
+        for name, parameter in model.named_parameters(remove_duplicate=False)  # a tied weight has two names
         if parameter.ndim >= 2 and name.rpartition(".")[0] not in embeddings
     }
     per_token = sum(
@@ -84,7 +85,7 @@ def training_flops(model: nn.Module) -> TrainingFlops:
 
 
 def peak_flops_per_sec(device_name: str) -> float | None:
-    """Return the dense bf16 peak of a device by its exact name; None where it is not known, parts of one included."""
+    """Return the dense bf16 peak of a device by its exact name; None if it is unknown, as for a slice of a device."""
     tflops = _PEAK_TFLOPS.get(device_name)
     return None if tflops is None else tflops * 1e12
 
@@ -95,6 +96,6 @@ def _share_used(weight: nn.Parameter, config: PretrainedConfig) -> float:
 
 
 def _number(config: PretrainedConfig, name: str) -> int:
-    """Return an entry that not every kind of model has; 0 without it, or where it differs between layers."""
+    """Return an integer entry of ``config``; 0 if the model has none, or one that differs between layers."""
     value = getattr(config, name, None)
     return value if isinstance(value, int) else 0

@@ -46,9 +46,9 @@ class RunStopped(Exception):
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Something measured during training: ``run`` returns the entries of a validation record on every rank.
+    """A measurement during training: ``run`` returns the entries of a validation record on every rank.
 
-    It is given what says that a rank was asked to stop, and may raise CutShort on every rank then.
+    ``run`` gets a poll that says whether any rank was asked to stop; it may then raise CutShort on every rank.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Evaluator:
 
 @dataclass(frozen=True)
 class Timeouts:
-    """How long collectives may take, in minutes: in training, and in start-up, evaluation and saves."""
+    """Limits for collectives, in minutes: in training, and in the slow phases (start-up, evaluation, saves)."""
 
     training: float
     slow_phase: float
@@ -68,15 +68,15 @@ class TrainLoop:
     """Everything that the loop needs, built by a recipe; ``run`` trains until the last step.
 
     Attributes:
-        loader: the steps' micro-batches, as many on every rank, from where it stands; its place is saved with
-            every checkpoint.
+        loader: yields the micro-batches of each step, the same number on every rank. Every checkpoint saves its
+            position.
         evaluators: run at every validation step, before a checkpoint.
-        checkpointer: None where no training checkpoints are wanted.
-        metrics_size: the length in bytes of the metrics file, noted in every checkpoint.
-        resume_facts: what a later start compares itself with, noted in every checkpoint.
-        dump_folder: where the batch of a step that was not finite is kept.
-        is_evaluation_due: whether the evaluation of the current step is still to come, because the run begins with it
-            or was stopped before or during it.
+        checkpointer: None if training checkpoints are off.
+        metrics_size: returns the length in bytes of the metrics file, which every checkpoint saves.
+        resume_facts: saved in every checkpoint, so that a later start can compare itself with them.
+        dump_folder: receives the batch of a non-finite step.
+        is_evaluation_due: whether the current step is still to be evaluated: the run begins with an evaluation, or was
+            stopped before or during one.
     """
 
     model: torch.nn.Module
@@ -109,12 +109,12 @@ class TrainLoop:
 
         Raises:
             RunStopped: a signal at any rank ended training early.
-            NonFiniteError: as ``on_non_finite`` says.
-            SaveError: as ``checkpoint.on_error`` says, and in any case where the last checkpoint was not written.
+            NonFiniteError: a step was not finite, and ``on_non_finite`` is ``stop``.
+            SaveError: as ``checkpoint.on_error`` says, and always if the last checkpoint could not be written.
         """
         try:
             self._run()
-        except NonFiniteError:  # raised on every rank, so that all can wait
+        except NonFiniteError:  # raised on every rank, so all of them can wait
             if self.checkpointer is not None:
                 self.checkpointer.finish()
             raise
@@ -146,8 +146,8 @@ class TrainLoop:
             self._read_flag()
 
     def _batches(self) -> Iterator[list[Batch]]:
-        for number, micro_batches in enumerate(self.loader):
-            if number == 0:
+        for index, micro_batches in enumerate(self.loader):
+            if index == 0:
                 warm_up_buckets(
                     self.model,
                     micro_batches[0],
@@ -158,9 +158,9 @@ class TrainLoop:
             yield micro_batches
 
     def evaluate(self, poll: StopPoll) -> None:
-        """Run every evaluator and log its record; every rank must call it, and nothing is drawn for training.
+        """Run every evaluator and log its record; every rank must call it. Random states are restored afterwards.
 
-        Where a rank is asked to stop meanwhile, nothing is logged and the evaluation stays due.
+        If a rank is asked to stop meanwhile, nothing is logged and the evaluation stays due.
         """
         set_phase("evaluating", step=self.steps.step)
         self.is_evaluation_due = True
@@ -168,7 +168,7 @@ class TrainLoop:
         try:
             results = [(evaluator.name, evaluator.run(poll)) for evaluator in self.evaluators]
         except CutShort:
-            log.info("the evaluation at step %d is cut short by a signal", self.steps.step)
+            log.info("a signal interrupted the evaluation at step %d", self.steps.step)
             return
         finally:
             set_rng_state(rng)
@@ -200,11 +200,11 @@ class TrainLoop:
         self._read_flag()
         self._unread = (self.steps.step, result, micro_batches)
         if self.step_config.device.type == "cpu":
-            self._read_flag()  # costs nothing there, and the step that went wrong is named at once
+            self._read_flag()  # free on a CPU, and a bad step is reported at once
         return result, lr
 
     def _read_flag(self) -> None:
-        """Look at the finite flag of the step before, so that the host never waits for the step in flight."""
+        """Check whether the previous step was finite: a step late, so the host never waits for the one in flight."""
         if self._unread is None:
             return
         step, result, micro_batches = self._unread
@@ -220,8 +220,8 @@ class TrainLoop:
         torch.save([dict(batch) for batch in micro_batches], dump)
         raise NonFiniteError(
             f"{what}; not finite, so no weight was changed. This rank's batch is in {dump}. What often helps: a "
-            "smaller optimizer.lr or a longer lr_scheduler.warmup_steps, distributed.mixed_precision=float32, and "
-            "another look at the rows (python -m automodel.preview); on_non_finite=skip leaves such steps out"
+            "smaller optimizer.lr, more lr_scheduler.warmup_steps, distributed.mixed_precision=float32, or fixing bad "
+            "rows (see python -m automodel.preview); with on_non_finite=skip training skips such steps"
         )
 
     def _log(self, result: StepResult, lr: float) -> None:
@@ -273,7 +273,7 @@ class TrainLoop:
         raise RunStopped(self.steps.step, is_saved=self.checkpointer is not None)
 
     def _is_save_due_by_clock(self) -> bool:
-        """Return whether this rank is the one that reads the clock, and a save is due by it."""
+        """Return whether a save is due by the clock, which only rank 0 reads; False on the others."""
         if self.checkpointer is None or not self.steps.saves_by_clock or torch.distributed.get_rank() != 0:
             return False
         return self._save_clock.is_due(save_sec=self.checkpointer.last_save_sec)
@@ -281,12 +281,12 @@ class TrainLoop:
     def _save(self) -> None:
         set_phase("saving", step=self.steps.step)
         self._save_clock.restart()
-        place = {"step": self.steps.step, "loader": self.loader.state_dict(), "metrics_size": self.metrics_size()}
+        position = {"step": self.steps.step, "loader": self.loader.state_dict(), "metrics_size": self.metrics_size()}
         measured_at, metrics = self._scores
         outcome = {"metrics": metrics if measured_at == self.steps.step else {}, "total_steps": self.steps.total_steps}
         outcome["is_evaluation_due"] = self.is_evaluation_due
         state = TrainState(self.model, self.optimizer)
-        self.checkpointer.save(state, progress=self.resume_facts | place | outcome, rng=rng_state())
+        self.checkpointer.save(state, progress=self.resume_facts | position | outcome, rng=rng_state())
 
 
 def _now() -> str:

@@ -1,4 +1,4 @@
-"""Speed and memory between two logged lines, counting training alone."""
+"""Speed and memory of training between two logged lines."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from automodel.train.flops import TrainingFlops, peak_flops_per_sec
 
 
 class Meter:
-    """Counts steps, tokens and seconds; evaluation and saving stand outside ``training()`` and do not count.
+    """Counts steps, tokens and seconds in ``training()`` blocks; evaluation and saving are outside and do not count.
 
-    On an accelerator the seconds are the device's own, between events in its stream: the host only enqueues work, and
-    is done with a step long before the device is.
+    On an accelerator, events in the device's stream measure the time: the host only enqueues work and finishes a step
+    long before the device does.
 
     Args:
-        flops: of the model that is trained.
+        flops: of the trained model.
     """
 
     def __init__(self, device: torch.device, *, world_size: int, flops: TrainingFlops) -> None:
@@ -45,10 +45,10 @@ class Meter:
         self._flops += self.flops.total(num_tokens, sum_squared_lengths)
 
     def read(self) -> dict[str, float | None]:
-        """Return the figures since the last reading, and begin anew.
+        """Return the figures since the last call, and reset them.
 
-        It waits for the end of the last step: where a value of that step has been read before, as for a logged line,
-        the device has come to that end already.
+        It waits for the end of the last step. The device is already there if a value of that step was read before, as
+        for a logged line.
         """
         seconds = max(self._seconds(), 1e-9)
         tokens_per_sec = self._num_tokens / seconds
@@ -63,7 +63,7 @@ class Meter:
         return figures
 
     def _now(self) -> Any:
-        """Return the time of the host, or an event that the device comes to once it has done what it was given."""
+        """Return the host's time, or an event that the device reaches after the work enqueued so far."""
         if self.device.type == "cpu":
             return time.perf_counter()
         event = torch.get_device_module(self.device).Event(enable_timing=True)
@@ -78,7 +78,7 @@ class Meter:
         return sum(start.elapsed_time(end) for start, end in self._laps) / 1000
 
     def _mfu(self, seconds: float) -> float | None:
-        """Return the share of the devices' peak that the model's arithmetic makes; None where the peak is not known."""
+        """Return the model's FLOPs per second as a share of the devices' peak; None if the peak is unknown."""
         if self.device.type != "cuda":
             return None
         peak = peak_flops_per_sec(torch.cuda.get_device_name(self.device))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 _LEAST_SEC, _MOST_SEC = 60.0, 1800.0
 """A minute of work costs little to repeat; half an hour is the most to lose."""
 _SHARE_OF_SAVES = 0.1
-"""The most of a run's time that saves may take: one of a minute comes every ten minutes."""
+"""The largest share of a run's time for saves: if a save takes a minute, there is one every ten minutes."""
 
 
 class SaveClock:
@@ -24,5 +24,5 @@ class SaveClock:
         return self._clock() - self._last >= interval
 
     def restart(self) -> None:
-        """Measure from now on."""
+        """Start measuring from now."""
         self._last = self._clock()

@@ -15,11 +15,11 @@ _serves_one_run = False
 
 
 def serve_one_run() -> None:
-    """Prepare the signals of a process that is one rank of one run and ends with it.
+    """Set up the signals of a process that is one rank of one run and ends with it.
 
-    A scheduler's USR1 does not kill a run that is still starting, or already exporting: before training it is a request
-    to stop after the first step. TERM does not kill a run whose training failed: a launcher sends it to the peers of a
-    rank that died, just when they are about to report which one that was.
+    A scheduler's USR1 does not kill a run that is starting or exporting; before training it asks for a stop after the
+    first step. TERM does not kill a run whose training failed: a launcher sends it to the peers of a dead rank, just
+    when they are about to report which rank died.
     """
     global _serves_one_run
     _serves_one_run = True
@@ -27,9 +27,9 @@ def serve_one_run() -> None:
 
 
 class StopRequest:
-    """Context that notes stop signals instead of ending the process; a second Ctrl-C interrupts at once.
+    """Context that records stop signals instead of ending the process; a second Ctrl-C interrupts at once.
 
-    At its end the earlier handlers are restored, except that of TERM as ``serve_one_run`` says.
+    On exit it restores the earlier handlers, except that of TERM after a failure: see ``serve_one_run``.
     """
 
     def __init__(self) -> None:

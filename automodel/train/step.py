@@ -1,4 +1,4 @@
-"""One optimizer step: a function of its set of rows alone, however they are split over ranks and micro-batches."""
+"""One optimizer step. Its result depends only on its rows, not on how ranks and micro-batches split them."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from automodel.types import RunError
 
 @dataclass(frozen=True)
 class StepConfig:
-    """What stays the same from step to step.
+    """Settings that all steps share.
 
     Attributes:
-        dp_group: the ranks that share the rows of a step, and over which the wrapper averages gradients.
+        dp_group: the ranks that split the rows of a step, and over which the wrapper averages gradients.
         clip_norm: largest global gradient norm, or None.
-        autocast: makes the context of a forward.
+        autocast: makes the autocast context of a forward pass.
     """
 
     device: torch.device
@@ -55,7 +55,7 @@ class DeferredFlag:
             self._event.record()
 
     def read(self) -> bool:
-        """Wait until the flag is there, and return it."""
+        """Wait for the flag and return it."""
         if self._event is not None:
             wait_for_event(self._event)
         return bool(to_host(self._value))
@@ -68,9 +68,9 @@ class StepResult:
     Attributes:
         terms: the objective's further sums, by name.
         grad_norm: of the gradient of the mean loss, before clipping.
-        count: what the sums are divided by.
-        is_bad: whether the loss or the norm was not finite, so that no weight changed.
-        sum_squared_lengths: of the documents, packed or padded; the padded tail of a pack counts as one.
+        count: the divisor of the sums.
+        is_bad: whether the loss or the norm was not finite; then no weight has changed.
+        sum_squared_lengths: of the documents, packed or padded; the padded tail of a pack counts as a document.
         num_stop_requests: ranks that asked to stop after this step.
         num_save_requests: ranks that asked for a checkpoint after this step.
     """
@@ -100,7 +100,7 @@ def train_step(
 ) -> StepResult:
     """Take one optimizer step over ``micro_batches``; every rank must call it with the same number of them.
 
-    The gradients become those of (global loss sum / global count), whatever averaging the wrapper did, and are
+    The gradients become those of (global loss sum / global count), independent of the wrapper's averaging, and are
     clipped. A step whose count is 0, or whose loss or norm is not finite, changes no weight on any rank.
 
     Args:
@@ -131,11 +131,11 @@ def train_step(
     counts[:-2] //= dist.get_world_size() // dist.get_world_size(config.dp_group)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     num_averaged = handle.num_ranks_averaged(dist.get_world_size(config.dp_group))
-    # It stays on the host, which knows the counts: a copy to the device would wait for the whole backward, and a scalar
-    # of the host travels with the operation that takes it.
+    # The scale stays on the host: copying it to the device would wait for the whole backward, while an operation takes
+    # a host scalar along as an argument.
     scale = mean_scale(counts[0], num_averaged)
     grad_norm = total_grad_norm(parameters) * scale
-    # Undoing the wrapper's average, dividing by the tokens and clipping are one pass over the gradients.
+    # One pass over the gradients undoes the wrapper's average, divides by the count and clips.
     scale_gradients_(parameters, scale * clip_coefficient(grad_norm, config.clip_norm))
 
     is_bad = 1.0 - (torch.isfinite(loss_sum) & torch.isfinite(grad_norm)).float()
@@ -176,9 +176,9 @@ def warm_up_buckets(
 ) -> None:
     """Run a backward before the first step if the wrapper orders its buckets by it; every rank must call it.
 
-    Otherwise the first step of a resumed run would sum gradients in another order than a run that was never stopped,
-    and differ in the last bits. No weight, no gradient and no random state changes. It takes the memory of a step's
-    micro-batch: the model is in the mode in which it trains.
+    Otherwise the first step of a resumed run would sum gradients in another order than an uninterrupted run, and
+    differ in the last bits. Weights, gradients and random states stay as they are. It takes the memory of a training
+    micro-batch.
 
     Args:
         batch: any micro-batch of this rank.
@@ -196,10 +196,10 @@ def warm_up_buckets(
 
 
 def _step_unless(optimizer: torch.optim.Optimizer, is_bad: torch.Tensor) -> None:
-    """Step the optimizer unless ``is_bad`` is 1, without asking the host where the optimizer can look itself.
+    """Step the optimizer unless ``is_bad`` is 1; a fused optimizer reads the flag on the device, without a host sync.
 
-    Weights that were offloaded are elsewhere than the flag: the optimizer would copy it to them without waiting, and
-    look before it has come.
+    Offloaded weights are on another device than the flag: the optimizer would copy the flag without waiting and read
+    it too early.
     """
     has_flag = all(p.device.type == is_bad.device.type for group in optimizer.param_groups for p in group["params"])
     if has_flag and all(group.get("fused") for group in optimizer.param_groups):

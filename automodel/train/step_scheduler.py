@@ -1,4 +1,4 @@
-"""Which step this is, and what is due at it."""
+"""Count the steps and say what is due at each."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _NUM_EVALUATIONS = 5
 
 @dataclass
 class StepScheduler:
-    """Counts optimizer steps (from 1) and answers what is due after the current one.
+    """Counts optimizer steps (from 1) and says what is due after the current one.
 
     Attributes:
-        steps_per_epoch: optimizer steps that one pass over the rows takes; None for a stream, whose end is not
-            known before it comes, so that ``max_steps`` must be set.
-        val_every_steps: ``auto``: a few times in the run; None: at the end alone.
-        ckpt_every_steps: ``auto``: the loop saves by the clock in between; None: at the end alone.
-        keeps_best: the best checkpoint is kept, so that ``auto`` lets saves and evaluations fall together.
+        steps_per_epoch: optimizer steps in one pass over the rows; None for a stream of unknown length, which needs
+            ``max_steps``.
+        val_every_steps: ``auto``: a few times in the run; None: only at the end.
+        ckpt_every_steps: ``auto``: the loop also saves by the clock; None: only at the end.
+        keeps_best: whether the best checkpoint is kept; ``auto`` then saves at the steps that are evaluated.
         step: optimizer steps done; the only state.
     """
 
@@ -50,7 +50,7 @@ class StepScheduler:
 
     @property
     def val_interval(self) -> int | None:
-        """Steps between evaluations; None: there is one at the end alone."""
+        """Steps between evaluations; None: there is only one, at the end."""
         if self.val_every_steps != "auto":
             return self.val_every_steps
         if self.keeps_best and isinstance(self.ckpt_every_steps, int):
@@ -59,7 +59,7 @@ class StepScheduler:
 
     @property
     def ckpt_interval(self) -> int | None:
-        """Steps between checkpoints; None: there is one at the end, and perhaps others by the clock."""
+        """Steps between checkpoints; None: there is one at the end, and possibly others by the clock."""
         if self.ckpt_every_steps != "auto":
             return self.ckpt_every_steps
         return self.val_interval if self.keeps_best else None
@@ -81,7 +81,7 @@ class StepScheduler:
         self.max_steps = self.step
 
     def count(self, every: int | None) -> int:
-        """Return how often something due every ``every`` steps and at the end happens in the whole run."""
+        """Return how often in the whole run something happens that is due every ``every`` steps and at the end."""
         if every is None:
             return 1
         return self.total_steps // every + (1 if self.total_steps % every else 0)

@@ -233,7 +233,7 @@ def without_room(folder: str) -> list[Any]:
 
 def test_room_is_looked_for_before_a_byte_is_written(two_ranks, tmp_path):
     for stopped, gone_on, last in two_ranks.run(without_room, str(tmp_path)):
-        assert "step_00000001 could not be written: it takes about 1 MiB, and 0 MiB are free" in stopped
+        assert "step_00000001 could not be written: it takes about 1 MiB, but only 0 MiB are free" in stopped
         assert gone_on == "gone on" and last == stopped
     assert list(tmp_path.iterdir()) == []
 
@@ -278,7 +278,7 @@ DAMAGE = {
     "truncated file": (_truncate, "__1_0.distcp has "),
     "missing shard": (lambda folder: (folder / "__1_0.distcp").unlink(), "__1_0.distcp is missing"),
     "no metadata": (lambda folder: (folder / ".metadata").unlink(), ".metadata is missing"),
-    "empty folder": (_empty, "no manifest.json: the save was not finished, or this is no checkpoint of ours"),
+    "empty folder": (_empty, "no manifest.json: the save was not finished, or automodel did not write this folder"),
     "torn manifest": (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is damaged"),
 }
 

@@ -71,7 +71,7 @@ def _outside(metadata: Metadata) -> None:
 HOSTILE: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "metadata": (
         lambda folder, trace: _change_metadata(folder, lambda _: Hostile(trace)),
-        "its .metadata is not what a checkpoint holds, and is not loaded: UnpicklingError: it names posix.system",
+        "its .metadata is not that of a checkpoint, and is not loaded: UnpicklingError: it names posix.system",
     ),
     "deep in the metadata": (
         lambda folder, trace: _change_metadata(folder, lambda found: setattr(found, "planner_data", [Hostile(trace)])),
@@ -155,7 +155,7 @@ def test_random_states_of_an_older_version_are_told_in_a_line(good, tmp_path):
     )
     argv = [*FAST, "step_scheduler.max_steps=3", f"output_dir={tmp_path / 'new'}", f"checkpoint.resume={checkpoint}"]
     told = run(*argv, status=2)
-    assert "was written by an older version, with random states as a pickle" in told and "Traceback" not in told
+    assert "was written by an older version, with random states in a pickle" in told and "Traceback" not in told
 
 
 def save_one(strategy: str, folder: str) -> None:
@@ -186,7 +186,7 @@ def save_unplain(folder: str) -> str:
 
 def test_a_state_that_could_not_be_loaded_is_not_saved(one_rank, tmp_path):
     (told,) = one_rank.run(save_unplain, str(tmp_path))
-    assert ".mine is of the type tests.dist.test_foreign_checkpoints.Unplain, and a checkpoint holds tensors" in told
+    assert ".mine has type tests.dist.test_foreign_checkpoints.Unplain, but a checkpoint can hold only tensors" in told
 
 
 def test_numbers_of_numpy_are_saved_as_numbers():

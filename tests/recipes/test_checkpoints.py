@@ -112,7 +112,7 @@ def test_too_little_room_is_told_before_training(small_disk):
     disk = small_disk("3m")
     output = run(*FAST, "step_scheduler.max_steps=2", f"output_dir={disk}/run", "checkpoint.on_error=continue",
                  status=1)  # fmt: skip
-    warning, plan = output.index("a checkpoint takes about 4 MiB, and"), output.index("the plan")
+    warning, plan = output.index("a checkpoint takes about 4 MiB, but"), output.index("the plan")
     assert warning < plan
-    assert "step_00000002 could not be written: it takes about 4 MiB, and" in output
+    assert "step_00000002 could not be written: it takes about 4 MiB, but" in output
     assert (disk / "run" / "model" / "model.safetensors").exists()  # trained all the same

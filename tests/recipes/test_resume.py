@@ -86,7 +86,7 @@ def test_the_latest_checkpoint_is_the_one_that_latest_names(tmp_path):
     (checkpoints / "latest").unlink()
     (checkpoints / "latest").symlink_to("step_00000002")  # as a run leaves it that went back to 1 and saved again
     output = run(*argv, "step_scheduler.max_steps=4", "step_scheduler.ckpt_every_steps=9")
-    assert f"step_00000004 is passed over: {checkpoints}/latest names step_00000002" in output
+    assert f"step_00000004 is skipped: {checkpoints}/latest names step_00000002" in output
     assert "at step 2" in output
 
 

@@ -13,7 +13,7 @@ INSTEAD = {
     r"anew": "again",
     r"told|tells? (of|that)": "reported, shown, named",
     r"(go|goes|going) on": "continues, resumes",
-    r"in words": "(leave it out)",
+    r"in words(?!\[)": "(leave it out)",
     r"has its way": "decides, happens",
     r"whatever": "any, on any number of",
     r"(take|takes) up": "uses, starts",
