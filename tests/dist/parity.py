@@ -65,7 +65,9 @@ def run_layout(strategy: str, accumulation: int, defer: bool, task: Task) -> Res
     config = StepConfig(torch.device("cpu"), dp.group, defer, 1.0 if task.is_clipped else None, nullcontext)
     losses, norms = [], []
     for micro_batches in loader.steps_of(0):
-        result = train_step(model, micro_batches, objective=as_objective(CrossEntropy()), optimizer=optimizer, config=config)
+        result = train_step(
+            model, micro_batches, objective=as_objective(CrossEntropy()), optimizer=optimizer, config=config
+        )
         losses.append((result.loss_sum / max(1, result.num_label_tokens)).item())
         norms.append(result.grad_norm.item())
     weights = {clean_name(n): full(p).detach() for n, p in model.named_parameters() if p.requires_grad}
@@ -103,9 +105,7 @@ def run_plain(task: Task) -> Result:
 
 def worst_difference(got: Result, expected: Result) -> tuple[float, float, float]:
     """Return the largest relative differences of loss, gradient norm, and any weight (by its 2-norm)."""
-    losses, norms = (
-        max(abs(a - b) / abs(b) for a, b in zip(got[i], expected[i], strict=True)) for i in (0, 1)
-    )
+    losses, norms = (max(abs(a - b) / abs(b) for a, b in zip(got[i], expected[i], strict=True)) for i in (0, 1))
     assert got[2].keys() == expected[2].keys()
     weights = max(((got[2][n] - w).norm() / w.norm()).item() for n, w in expected[2].items())
     return losses, norms, weights

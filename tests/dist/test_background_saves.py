@@ -49,7 +49,13 @@ class Training:
         self.config = StepConfig(torch.device("cpu"), dp.group, True, 1.0, nullcontext)
 
     def step(self) -> None:
-        train_step(self.model, next(self.batches), objective=as_objective(CrossEntropy()), optimizer=self.optimizer, config=self.config)
+        train_step(
+            self.model,
+            next(self.batches),
+            objective=as_objective(CrossEntropy()),
+            optimizer=self.optimizer,
+            config=self.config,
+        )
 
 
 def requests_heard(strategy: str) -> tuple[int, int, int]:

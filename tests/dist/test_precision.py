@@ -52,7 +52,11 @@ def one_step(strategy_name: str, defer: bool) -> dict[str, torch.Tensor]:
     config = StepConfig(device, dp.group, defer, None, partial(strategy.autocast, device))
     catcher = GradientCatcher(model)
     train_step(
-        model, micro_batches_of(dp.rank, dp.size), objective=as_objective(CrossEntropy()), optimizer=catcher, config=config
+        model,
+        micro_batches_of(dp.rank, dp.size),
+        objective=as_objective(CrossEntropy()),
+        optimizer=catcher,
+        config=config,
     )
     return catcher.caught
 

@@ -43,7 +43,9 @@ def steps(strategy: str, folder: str, *, first: int, last: int) -> tuple[list[fl
     config = StepConfig(torch.device("cpu"), dp.group, True, 1.0, nullcontext)
     losses = []
     for micro_batches in list(loader.steps_of(0))[first:last]:
-        result = train_step(model, micro_batches, objective=as_objective(CrossEntropy()), optimizer=optimizer, config=config)
+        result = train_step(
+            model, micro_batches, objective=as_objective(CrossEntropy()), optimizer=optimizer, config=config
+        )
         schedule.step()
         losses.append((result.loss_sum / result.num_label_tokens).item())
     weights = {clean_name(name): full(p).detach().clone() for name, p in model.named_parameters()}
@@ -67,7 +69,9 @@ def options_after_loading(folder: str) -> list[dict[str, Any]]:
         model, _, _ = parallel_model("ddp")
         optimizer = adamw(parameter_groups(model), lr=lr, **options)
         if not options:
-            Checkpointer(Path(folder), retention=Retention()).save(TrainState(model, optimizer), progress={"step": 1}, rng={})
+            Checkpointer(Path(folder), retention=Retention()).save(
+                TrainState(model, optimizer), progress={"step": 1}, rng={}
+            )
     load_checkpoint(Path(folder) / "step_00000001", TrainState(model, optimizer))
     return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
 

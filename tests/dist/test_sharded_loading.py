@@ -77,9 +77,9 @@ def build_both(source: Any, strategy: FSDP2, adapters: LoRA | None, task: Any) -
     return whole, filled
 
 
-def differences(folder: Path, dtype: str, strategy: FSDP2, adapters: LoRA | None, task: Any = CausalLM()) -> list[str]:
+def differences(folder: Path, dtype: str, strategy: FSDP2, adapters: LoRA | None, task: Any = None) -> list[str]:
     """Return the names of what is not the same to the last bit; then train both a little and compare the losses."""
-    whole, filled = build_both(HFModel(str(folder), dtype=dtype), strategy, adapters, task)
+    whole, filled = build_both(HFModel(str(folder), dtype=dtype), strategy, adapters, task or CausalLM())
     found = [] if tensors(whole).keys() == tensors(filled).keys() else ["names"]
     for name, expected in tensors(whole).items():
         got = tensors(filled)[name]
@@ -164,7 +164,9 @@ def test_adapters_begin_with_the_same_numbers(two_ranks, tmp_path, dtype, adapte
 def test_a_trained_classifier_is_filled_with_its_head(two_ranks, tmp_path, adapters):
     config = AutoConfig.for_model("llama", **SIZES, num_labels=3)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
-    assert two_ranks.run(differences, tmp_path, "float32", FSDP2(), adapters, SequenceClassification(("a", "b", "c"))) == [[], []]
+    assert two_ranks.run(
+        differences, tmp_path, "float32", FSDP2(), adapters, SequenceClassification(("a", "b", "c"))
+    ) == [[], []]
 
 
 def test_files_without_the_models_prefix_are_filled(two_ranks, tmp_path):
@@ -177,7 +179,7 @@ def test_files_without_the_models_prefix_are_filled(two_ranks, tmp_path):
     assert two_ranks.run(differences, folder, "float32", FSDP2(), None) == [[], []]
 
 
-def told(source: Any, task: Any = CausalLM(), adapters: Any = None) -> str:
+def told(source: Any, task: Any = None, adapters: Any = None) -> str:
     """Return the error of preparing, or what the log says, or nothing where shards are to be filled."""
     import logging
 
@@ -188,7 +190,7 @@ def told(source: Any, task: Any = CausalLM(), adapters: Any = None) -> str:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        unfilled = unfilled_model(source, TOKENIZER, task=task, adapters=adapters)
+        unfilled = unfilled_model(source, TOKENIZER, task=task or CausalLM(), adapters=adapters)
     except UserError as error:
         return "; ".join(error.problems)
     finally:
@@ -242,7 +244,10 @@ def quantized(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda folder: (HFModel(str(save(folder, "llama"))), SequenceClassification(("a", "b"))), "score.weight is not in the files"),
+        (
+            lambda folder: (HFModel(str(save(folder, "llama"))), SequenceClassification(("a", "b"))),
+            "score.weight is not in the files",
+        ),
         (lambda folder: (HFModel(str(save(folder, "llama"))), None, LoRA(use_dora=True)), "DoRA begins with"),
         (lambda folder: (HFModel(str(save(folder, "mixtral"))),), "converts the weights of MixtralForCausalLM"),
         (lambda folder: (HFModel(str(both_of_a_tie(folder))),), "hold a tied weight twice"),

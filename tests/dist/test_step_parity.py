@@ -75,7 +75,12 @@ def stop_requests(strategy_name: str) -> int:
     batch = CausalLMCollator(0)(uneven_rows(1))
     wants_stop = dist.get_rank() == 1
     return train_step(
-        model, [batch], objective=as_objective(CrossEntropy()), optimizer=GradientCatcher(model), config=config, wants_stop=wants_stop
+        model,
+        [batch],
+        objective=as_objective(CrossEntropy()),
+        optimizer=GradientCatcher(model),
+        config=config,
+        wants_stop=wants_stop,
     ).num_stop_requests
 
 

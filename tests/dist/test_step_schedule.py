@@ -6,7 +6,7 @@ from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def collectives_of_a_step(strategy: str, num_micro_batches: int, defer: bool) ->
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Counting(TorchDispatchMode):
-        calls: Counter[str] = Counter()
+        calls: ClassVar[Counter[str]] = Counter()
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             is_of_gradients = max((t.numel() for t in flatten(args)), default=0) > 100  # not a loss, count or norm
@@ -54,7 +54,11 @@ def collectives_of_a_step(strategy: str, num_micro_batches: int, defer: bool) ->
 
     model, _, dp = parallel_model(strategy)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    options = {"objective": as_objective(CrossEntropy()), "optimizer": optimizer, "config": step_config(dp.group, defer=defer)}
+    options = {
+        "objective": as_objective(CrossEntropy()),
+        "optimizer": optimizer,
+        "config": step_config(dp.group, defer=defer),
+    }
     train_step(model, micro_batches(1), **options)  # after which DDP has put its buckets in order
     Counting.calls = Counter()
     with Counting():

@@ -169,14 +169,12 @@ def test_clipping_holds_for_other_norms(two_ranks, norm_type):
 
 
 def timeouts(strategy: str) -> tuple[set[float], set[float]]:
-    _, _, dp = parallel_model(strategy)
+    parallel_model(strategy)
     side = _create_gloo_group(timedelta(minutes=7))
     before = set(dist.distributed_c10d._world.pg_names)
     set_collective_timeout(3)
     own = side._get_backend(torch.device("cpu")).options._timeout.total_seconds()
-    found = {
-        group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in before - {side}
-    }
+    found = {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in before - {side}}
     dist.destroy_process_group(side)
     set_collective_timeout(2)  # as the tests' ranks began
     return found, {own}

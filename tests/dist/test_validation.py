@@ -34,9 +34,7 @@ def validated(strategy: str, num_rows: int, batch_size: int) -> dict[str, float]
         ),
         objective=as_objective(CrossEntropy()),
     )
-    record = validate(
-        model, validation, device=torch.device("cpu"), dp_group=dist.group.WORLD, autocast=nullcontext
-    )
+    record = validate(model, validation, device=torch.device("cpu"), dp_group=dist.group.WORLD, autocast=nullcontext)
     assert model.training
     return record
 

@@ -80,7 +80,7 @@ def parallel_model(name: str, *, tied: bool = True, model: nn.Module | None = No
 
 @cache
 def _mesh(name: str) -> DeviceMesh:
-    """Return the mesh of a strategy, one for all tests: each group has threads that wake up a hundred times a second."""
+    """Return the mesh of a strategy, one for all tests: each group has threads that wake a hundred times a second."""
     return STRATEGIES[name].build_mesh(cpu_info())
 
 
