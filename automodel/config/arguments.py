@@ -65,6 +65,16 @@ class Arguments:
         return [word for flag, value in named.items() if value is not None for word in (flag, value)]
 
 
+def has_help(argv: list[str]) -> bool:
+    """Return whether our help is requested."""
+    return read_arguments(argv).wants_help
+
+
+def hydra_flags(argv: list[str]) -> bool:
+    """Return whether the command line asks for something that Hydra itself must do."""
+    return bool(read_arguments(argv).show)
+
+
 def read_arguments(argv: list[str], *, is_key: Callable[[str], bool] = lambda name: False) -> Arguments:
     """Return the parts of ``argv``.
 

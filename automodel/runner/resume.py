@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 
 from automodel.checkpoint.training import newest_checkpoint, read_progress, require_whole
-from automodel.config import Config, masked
+from automodel.config import Config
 from automodel.config.resume_policy import Change, judge
 from automodel.distributed.runtime.agreement import run_on_main
 from automodel.logs import get_logger, warn_for_all
 from automodel.runs.run_folder import RunDir
+from automodel.secrets import masked
 from automodel.types import UserError
 
 log = get_logger(__name__)

@@ -10,7 +10,7 @@ from torch import nn
 from automodel.checkpoint.retention import Retention
 from automodel.checkpoint.room import expected_bytes, warn_of_little_room
 from automodel.checkpoint.training import Checkpointer, SaveError, TrainState, load_checkpoint
-from automodel.config import masked, resolved_yaml, secret_keys
+from automodel.config import resolved_yaml, secret_keys
 from automodel.distributed.parallel.handle import unwrap
 from automodel.distributed.runtime.agreement import run_on_main
 from automodel.distributed.runtime.watchdog import set_phase
@@ -25,6 +25,7 @@ from automodel.runner.recipe import Recipe
 from automodel.runner.resume import Start, choose_start, plain_config
 from automodel.runner.summary import as_text, log_plan, log_where_and_next
 from automodel.runs.run_folder import RunDir, environment_record
+from automodel.secrets import masked
 from automodel.train.flops import training_flops
 from automodel.train.loop import Timeouts, TrainLoop
 from automodel.train.meter import Meter

@@ -191,7 +191,7 @@ def test_defaults_in_code_equal_those_in_yaml():
 def test_checking_imports_no_torch():
     code = (
         "import sys, json; from automodel.config import load_config, help_text; load_config([]); help_text();"
-        "import automodel.run; heavy = ('torch', 'transformers', 'datasets');"
+        "import automodel.cli.start; heavy = ('torch', 'transformers', 'datasets');"
         "print(json.dumps([m for m in heavy if m in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
