@@ -104,7 +104,10 @@ def _task_of(config: dict[str, Any], progress: dict[str, Any]) -> Any:
     """Return the task that the recipe of a run trained."""
     from automodel.runner.recipe import call_recipe
 
-    return call_recipe(Recipe.model_validate(config["recipe"])).task.restored(progress)
+    section = dict(config["recipe"])
+    if section["_target_"].startswith("automodel.recipes."):  # whose functions earlier versions called run
+        section["_target_"] = section["_target_"].removesuffix(".run").removesuffix(".recipe") + ".recipe"
+    return call_recipe(Recipe.model_validate(section)).task.restored(progress)
 
 
 def export(options: Options, run: Run) -> None:

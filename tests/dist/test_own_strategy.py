@@ -28,9 +28,11 @@ from automodel.distributed.runtime.dist_info import DistInfo
 from automodel.eval.generation import GenerationEvaluation
 from automodel.hf_export.write import export_model
 from automodel.losses.cross_entropy import CrossEntropy
+from automodel.losses.objective import as_objective
 from automodel.models.adapters import LoRA
 from automodel.models.char_tokenizer import build_char_tokenizer
 from automodel.optim.optimizers import adamw, parameter_groups
+from automodel.tasks.causal_lm import CausalLM
 from automodel.train.step import StepConfig, train_step, warm_up_buckets
 from tests.dist.tiny import cpu_info, tiny_llama, uneven_rows
 
@@ -123,7 +125,7 @@ def trained(folder: str, *, is_own: bool, first: int = 0, last: int = 4) -> Any:
     if first:
         load_checkpoint(Path(folder) / f"step_{first:08d}", state)
     config = StepConfig(torch.device("cpu"), dp.group if dp else dist.group.WORLD, True, 0.5, nullcontext)
-    options = {"loss_fn": CrossEntropy(), "optimizer": optimizer, "config": config}
+    options = {"objective": as_objective(CrossEntropy()), "optimizer": optimizer, "config": config}
     rows = loader(dp.rank, dp.size, 2) if dp else loader(0, 1, 8)  # two micro-batches a step of two ranks, or one
     losses, norms = [], []
     for number, micro_batches in enumerate(list(rows.steps_of(0))[first:last]):
@@ -208,7 +210,7 @@ def test_the_documented_functions_ask_the_own_handle(two_ranks):
 def found(kind: str) -> tuple[str, str, str]:
     model: nn.Module = tiny_llama()
     if "peft" in kind:
-        model = LoRA(rank=2).apply(model, task="CAUSAL_LM")
+        model = LoRA(rank=2).apply(model, task=CausalLM())
     if "ddp" in kind:
         model = DDP().parallelize(model, dist_info=cpu_info(), mesh=None)
     if "fsdp2" in kind:

@@ -166,7 +166,7 @@ def gradients_of_a_step(is_first: bool, is_warmed_up: bool) -> list[torch.Tensor
     model = DDP().parallelize(tiny_llama(), dist_info=cpu_info(), mesh=None)
     optimizer = Keeping(model.parameters(), {})
     batches = [CausalLMCollator(0)(uneven_rows(4)[dist.get_rank() :]) for _ in range(2)]
-    options = {"loss_fn": CrossEntropy(), "optimizer": optimizer, "config": step_config()}
+    options = {"objective": as_objective(CrossEntropy()), "optimizer": optimizer, "config": step_config()}
     if is_warmed_up:
         warm_up_buckets(model, batches[0], **options)
     for batch in batches[: 1 if is_first else 2]:
