@@ -149,7 +149,7 @@ def test_a_signal_in_an_evaluation_cuts_it_short_and_the_next_start_makes_up_for
     whole, again = tmp_path / "whole", tmp_path / "again"
     run(*argv, f"output_dir={whole}")
     output = run(*argv, f"output_dir={again}", status=75, ASK_TO_STOP="1")
-    assert "the evaluation at step 2 is cut short by a signal" in output
+    assert "a signal interrupted the evaluation at step 2" in output
     assert [record["step"] for record in records(again)] == [1, 2]
     assert 2 not in [record["step"] for record in records(again, "validation")]
     assert (again / "checkpoints" / "latest").resolve().name == "step_00000002"

@@ -19,6 +19,8 @@ def main(how: str, folder: Path) -> None:
     facts = (os.environ["AUTOMODEL_RUN_ID"], os.environ["OMP_NUM_THREADS"], str(os.getpid()))
     (folder / f"rank-{rank}-start-{attempt}").write_text(" ".join(facts))
     is_last, is_first_start = rank == "1", attempt == "0"
+    while is_last and not (folder / f"rank-0-start-{attempt}").exists():
+        time.sleep(0.01)  # the first failure ends the others, which may not have started yet
     if how.isdigit() and (is_last or how == "0"):
         exit_process(int(how))
     elif how == "raise" and is_last:
