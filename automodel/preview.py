@@ -96,12 +96,13 @@ def _show_rows(rows: PreparedRows, tokenizer: PreTrainedTokenizerBase, num_rows:
     from rich.markup import escape
 
     for index in range(min(num_rows, len(rows.examples))):
-        example, title = rows.examples[index], f"{rows.name}, row {index + 1} of {len(rows.examples):,}"
+        example, title = rows.examples[index], f"row {index + 1} of {len(rows.examples):,}"
         if not rows.task.is_generative:
-            console.rule(escape(f"{title}: {rows.task.shown_target(example)}"))
+            title = f"{title}: {rows.task.shown_target(example)}"
+        console.rule(escape(f"{title}, {rows.name}"))  # the name last: a long one is cut
+        if not rows.task.is_generative:
             console.print(tokenizer.decode(example["input_ids"]), markup=False)
             continue
-        console.rule(escape(title))
         console.print(render(example, tokenizer, is_colored=console.is_terminal))
         weights = sorted({weight for weight in example.get("loss_weights") or () if weight})
         if weights not in ([], [1.0]):

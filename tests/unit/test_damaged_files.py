@@ -180,7 +180,7 @@ DAMAGED = [
         "a quoted field begins in this row and never ends; close it",
     ),
     ("open_header.csv", b'"text,label\na,b\n', ":1: ", "the header line: a quoted field begins in this row and never"),
-    ("quote.csv", b'text,label\n"a" b,c\n', ":2: ", "write a quote inside of a field twice"),
+    ("quote.csv", b'text,label\n"a" b,c\n', ":2: ", "write a quote inside a field twice"),
     ("cr.csv", b"text,label\na\rb,c\n", ":2: ", "a field without quotes holds a carriage return"),
     ("joined.csv", b"text,label\na,b\n\xef\xbb\xbftext,label\n", ":3: ", "begins with a byte order mark"),
     ("nul.csv", b"text,label\na\x00b,this is some longer text\n", ":2: ", "holds a NUL character"),

@@ -53,10 +53,10 @@ def test_a_folder_that_is_no_model_is_told_by_what_it_is(tmp_path, files, messag
 
 
 def test_flash_attention_that_is_not_installed_is_told_before_anything_is_loaded(monkeypatch):
-    monkeypatch.setattr("automodel.config.check_model.find_spec", lambda name: None)
+    monkeypatch.setattr("automodel.models.checks.find_spec", lambda name: None)
     told = problems_of("model=owner/name", "model.attn_implementation=flash_attention_2")
     assert "needs a GPU and the package flash-attn (or kernels), which is not installed" in told
-    monkeypatch.setattr("automodel.config.check_model.find_spec", lambda name: name == "flash_attn")
+    monkeypatch.setattr("automodel.models.checks.find_spec", lambda name: name == "flash_attn")
     assert load_config(["model=owner/name", "model.attn_implementation=flash_attention_2"], env={})
 
 
