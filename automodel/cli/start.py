@@ -12,6 +12,7 @@ from automodel.config.arguments import DRY_BUILD
 from automodel.config.targets import resolve
 from automodel.launch.local import LocalLaunch
 from automodel.launch.submission import forget_interactive_step, submission_of
+from automodel.launch.threads import thread_variables
 from automodel.launch.worker import die_with_launcher, exit_process, is_worker
 from automodel.logs import get_logger, setup_logging
 from automodel.runner.process import report_problems, run_rank
@@ -48,9 +49,11 @@ def start(argv: list[str], *, is_dry: bool) -> None:
         launch = _launch_of(cfg)
         if not isinstance(launch, LocalLaunch):
             sys.exit(_submit(launch, cfg, argv))
-        if launch.nproc_per_node == 1 and not launch.max_restarts:
+        num_ranks = launch.nproc_per_node
+        os.environ.update(thread_variables(os.environ, num_ranks=num_ranks, output_dir=cfg.output_dir))
+        if num_ranks == 1 and not launch.max_restarts:
             exit_process(run_rank(cfg, argv, is_dry=is_dry))
-        log.info("%s: starting %d processes", cfg.recipe.name, launch.nproc_per_node)
+        log.info("%s: starting %d processes", cfg.recipe.name, num_ranks)
         sys.exit(launch.run("automodel.run", [*argv, *([DRY_BUILD] if is_dry else [])]))
 
 

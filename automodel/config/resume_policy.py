@@ -77,6 +77,7 @@ RULES: dict[str, Rule] = {
     "step_scheduler.log_every_steps": APPLIED,
     "dataloader.num_workers": FREE,
     "dataloader.drop_last": OTHER_ROWS,
+    "dataloader.sort_within_step": APPLIED,
     "dataloader.length_grouped": OTHER_ROWS,
     "dataloader.max_tokens_per_batch": APPLIED,
     "packing.enabled": ROWS,
@@ -139,6 +140,9 @@ RULES: dict[str, Rule] = {
     "lr_scheduler.warmup_steps": TRAINED,
     "lr_scheduler.min_lr_ratio": TRAINED,
     "loss_fn._target_": TRAINED,
+    "loss_fn.label_smoothing": TRAINED,
+    "loss_fn.z_loss": TRAINED,
+    "loss_fn.chunk_size": FREE,
     "logger.*": FREE,
     "launch.*": FREE,
 }

@@ -70,6 +70,7 @@ class StepSchedulerSection(Section):
 class DataLoaderSection(Section):
     num_workers: Annotated[int, Field(ge=0)]
     drop_last: bool
+    sort_within_step: bool
     length_grouped: bool
     max_tokens_per_batch: PositiveInt | None
 

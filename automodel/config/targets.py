@@ -181,12 +181,18 @@ def _parameters(target: Any, *, is_partial: bool, has_plain_types: bool) -> dict
     if is_partial:
         ours = [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
         parameters = ours if has_plain_types else parameters[1:]
-    names = vars(sys.modules[target.__module__]) if has_plain_types else None
+    names = _names_in(target) if has_plain_types else None
     return {
         parameter.name: (_annotation(parameter, names), ... if parameter.default is parameter.empty else None)
         for parameter in parameters
         if parameter.kind is not parameter.VAR_POSITIONAL
     }
+
+
+def _names_in(target: Any) -> dict[str, Any]:
+    """Return the names that annotations of a function, or of a class and those it extends, may use."""
+    kinds = target.__mro__ if inspect.isclass(target) else (target,)
+    return {name: value for kind in reversed(kinds) for name, value in vars(sys.modules[kind.__module__]).items()}
 
 
 def _annotation(parameter: inspect.Parameter, names: dict[str, Any] | None) -> Any:

@@ -19,6 +19,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from automodel.launch.continuation import noted_continuation
 from automodel.launch.run_id import default_run_id
+from automodel.launch.threads import thread_variables
 from automodel.launch.worker import LAUNCHER_PID, STATUS_DIR, first_failure
 from automodel.processes import signal_handler
 from automodel.types import ExitStatus
@@ -72,10 +73,9 @@ class LocalLaunch:
             return status
 
     def _variables(self, folder: str, run_id: str) -> dict[str, str]:
-        num_threads = max(1, (os.cpu_count() or 1) // self.nproc_per_node)
-        defaults = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": _SAVING_SECONDS, "OMP_NUM_THREADS": str(num_threads)}
-        ours = {STATUS_DIR: folder, LAUNCHER_PID: str(os.getpid()), "AUTOMODEL_RUN_ID": run_id}
-        return {name: os.environ.get(name, default) for name, default in defaults.items()} | ours
+        threads = thread_variables(os.environ, num_ranks=self.nproc_per_node)
+        saving = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SAVING_SECONDS)}
+        return threads | saving | {STATUS_DIR: folder, LAUNCHER_PID: str(os.getpid()), "AUTOMODEL_RUN_ID": run_id}
 
     def _agent_config(self, folder: Path, run_id: str) -> LaunchConfig:
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs

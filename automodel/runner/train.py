@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from automodel.checkpoint.retention import Retention
@@ -207,6 +208,7 @@ def _open_folder(parts: Assembly, run: Run, start: Start) -> None:
             run_id=run.run_id,
             **environment_record(),
             world_size=job.dist_info.world_size,
+            num_threads=torch.get_num_threads(),
             device=str(job.dist_info.device),
             backend=job.dist_info.backend,
             strategy=job.strategy.name,

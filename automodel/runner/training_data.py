@@ -97,6 +97,7 @@ class TrainingData:
                 self.stream,
                 collate=collate,
                 local_batch_size=cfg.step_scheduler.local_batch_size,
+                sort_within_step=cfg.dataloader.sort_within_step,
                 node_group=node_group() if dist.get_world_size() > 1 else None,
                 num_workers=cfg.dataloader.num_workers,
                 **place,

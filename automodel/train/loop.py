@@ -196,7 +196,7 @@ class TrainLoop:
         self._has_trained = True
         self.lr_scheduler.step()
         self.steps.step += 1
-        self.meter.count(result.num_tokens, result.sum_squared_lengths)
+        self.meter.count(result)
         self._read_flag()
         self._unread = (self.steps.step, result, micro_batches)
         if self.step_config.device.type == "cpu":

@@ -5,12 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from automodel.distributed.runtime.waits import wait_for_event
 from automodel.train.flops import TrainingFlops, peak_flops_per_sec
+
+
+class StepCounts(Protocol):
+    """What a step counts over all ranks: tokens, tokens with padding, and the squared lengths of its documents."""
+
+    num_tokens: int
+    num_slots: int
+    sum_squared_lengths: int
 
 
 class Meter:
@@ -38,11 +46,12 @@ class Meter:
         finally:
             self._laps.append((start, self._now()))
 
-    def count(self, num_tokens: int, sum_squared_lengths: int) -> None:
-        """Count a step over all ranks: its tokens, and the squared lengths of its documents."""
+    def count(self, step: StepCounts) -> None:
+        """Count a step over all ranks."""
         self._num_steps += 1
-        self._num_tokens += num_tokens
-        self._flops += self.flops.total(num_tokens, sum_squared_lengths)
+        self._num_tokens += step.num_tokens
+        self._num_slots += step.num_slots
+        self._flops += self.flops.total(step.num_tokens, step.sum_squared_lengths)
 
     def read(self) -> dict[str, float | None]:
         """Return the figures since the last call, and reset them.
@@ -56,6 +65,7 @@ class Meter:
             "tokens_per_sec": tokens_per_sec,
             "tokens_per_sec_per_device": tokens_per_sec / self.world_size,
             "step_time_sec": seconds / max(1, self._num_steps),
+            "padding_share": 1 - self._num_tokens / max(1, self._num_tokens, self._num_slots),
             "peak_mem_gib": self._peak_mem_gib(),
             "mfu": self._mfu(seconds),
         }
@@ -92,6 +102,6 @@ class Meter:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def _reset(self) -> None:
-        self._num_steps = self._num_tokens = 0
+        self._num_steps = self._num_tokens = self._num_slots = 0
         self._flops = 0.0
         self._laps: list[tuple[Any, Any]] = []

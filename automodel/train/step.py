@@ -70,6 +70,7 @@ class StepResult:
         grad_norm: of the gradient of the mean loss, before clipping.
         count: the divisor of the sums.
         is_bad: whether the loss or the norm was not finite; then no weight has changed.
+        num_slots: tokens that were computed, padding included.
         sum_squared_lengths: of the documents, packed or padded; the padded tail of a pack counts as a document.
         num_stop_requests: ranks that asked to stop after this step.
         num_save_requests: ranks that asked for a checkpoint after this step.
@@ -82,6 +83,7 @@ class StepResult:
     count: int
     num_label_tokens: int
     num_tokens: int
+    num_slots: int
     sum_squared_lengths: int
     num_stop_requests: int
     num_save_requests: int
@@ -153,6 +155,7 @@ def _counts(micro_batches: Sequence[Batch], objective: Objective) -> list[int]:
         sum(map(objective.count, micro_batches)),
         sum(batch.num_label_tokens for batch in micro_batches),
         sum(batch.num_tokens for batch in micro_batches),
+        sum(batch.num_slots for batch in micro_batches),
         sum(batch.sum_squared_lengths for batch in micro_batches),
     ]
 

@@ -12,12 +12,14 @@ from torch.nn import functional as F
 from automodel.data.batches.collate import CausalLMCollator
 from automodel.data.batches.loader import TrainLoader
 from automodel.losses.cross_entropy import CrossEntropy
+from automodel.losses.linear_cross_entropy import LinearCrossEntropy
 from automodel.losses.objective import as_objective
 from automodel.train.step import StepConfig, train_step
 from tests.dist.tiny import clean_name, full, parallel_model, tiny_llama, uneven_rows
 
 # float32 sums in another order; the largest seen was 3e-7.
 RELATIVE = 2e-6
+LOSSES = {"all logits": CrossEntropy(), "in chunks": LinearCrossEntropy(chunk_size=5)}
 
 
 class GradientCatcher(torch.optim.Optimizer):
@@ -50,7 +52,8 @@ def plain_reference(rows: list[dict], clip_norm: float | None) -> tuple[float, f
 
 
 def one_step(
-    strategy_name: str, num_rows: int, masked: tuple[int, ...], local: int, accumulation: int, defer: bool, clip: float
+    strategy_name: str, num_rows: int, masked: tuple[int, ...], local: int, accumulation: int, defer: bool, clip: float,
+    loss: str = "in chunks",
 ) -> tuple[float, float, dict[str, torch.Tensor]]:
     model, _, dp = parallel_model(strategy_name)
     loader = TrainLoader(
@@ -65,7 +68,7 @@ def one_step(
     config = StepConfig(torch.device("cpu"), dp.group, defer, clip, nullcontext)
     catcher = GradientCatcher(model)
     (micro_batches,) = loader.steps_of(0)
-    result = train_step(model, micro_batches, objective=as_objective(CrossEntropy()), optimizer=catcher, config=config)
+    result = train_step(model, micro_batches, objective=as_objective(LOSSES[loss]), optimizer=catcher, config=config)
     return (result.loss_sum / result.num_label_tokens).item(), result.grad_norm.item(), catcher.caught
 
 
@@ -111,6 +114,12 @@ def test_gradients_equal_one_plain_process(ranks, world, strategy, accumulation,
     check(ranks, (strategy, size, (1,), local, accumulation, defer, None), world)
 
 
+@pytest.mark.parametrize(("world", "strategy"), [(w, strategy) for w, names in LAYOUTS.items() for strategy in names])
+def test_gradients_from_all_logits_equal_one_plain_process(ranks, world, strategy):
+    num_rows = 2 * (world // 2 if "tp2" in strategy else world)
+    check(ranks, (strategy, num_rows, (1,), 1, 2, True, None, "all logits"), world)
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_short_batches_and_masked_micro_batches_count_by_their_tokens(ranks, world, strategy):
@@ -136,7 +145,7 @@ def _tolerant(results):
 
 
 def check(ranks, case, world):
-    _, num_rows, masked, *_, clip = case
+    _, num_rows, masked, _, _, _, clip = case[:7]
     ((loss, norm, expected),) = ranks[1].run(plain_reference, uneven_rows(num_rows, masked=masked), clip)
     for got_loss, got_norm, got in ranks[world].run(one_step, *case):
         assert got_loss == pytest.approx(loss, rel=RELATIVE)

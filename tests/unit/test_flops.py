@@ -83,7 +83,7 @@ def test_utilisation_is_the_models_arithmetic_over_the_devices_own_time(monkeypa
     meter = Meter(torch.device("cuda", 0), world_size=2, flops=TrainingFlops(per_token=1e12, per_squared_length=1e9))
     for _ in range(2):
         with meter.training():
-            meter.count(100, 5000)  # two documents of 50 tokens
+            meter.count(SimpleNamespace(num_tokens=100, num_slots=100, sum_squared_lengths=5000))  # two documents of 50 tokens
         Event(enable_timing=True).record()  # something between two steps, such as a validation
     figures = meter.read()
     assert figures["step_time_sec"] == 0.5 and figures["tokens_per_sec"] == 200

@@ -48,6 +48,7 @@ def global_batches(world: int, **options) -> list[list[int]]:
 
 WAYS = {
     "plain": {},
+    "sorted": {"sort_within_step": True},
     "grouped": {"length_grouped": True},
     "budget": {"max_tokens_per_batch": 128},
     "grouped, budget": {"length_grouped": True, "max_tokens_per_batch": 100},
@@ -104,6 +105,13 @@ def padding(**options) -> float:
 
 def test_grouping_by_length_pads_less():
     assert padding(local_batch_size=12, length_grouped=True) < 0.3 * padding(local_batch_size=12)
+
+
+def test_rows_of_a_step_are_dealt_by_length_the_longest_first():
+    assert padding(local_batch_size=3, sort_within_step=True) < 0.5 * padding(local_batch_size=3)
+    for of_ranks in zip(*(loader_of(rank, 2, local_batch_size=3, sort_within_step=True) for rank in (0, 1)), strict=True):
+        lengths = [LENGTHS[row] for micro in zip(*of_ranks, strict=True) for batch in micro for row in rows_of(batch)]
+        assert lengths == sorted(lengths, reverse=True)
 
 
 @pytest.mark.parametrize("budget", [64, 100, 500])

@@ -26,6 +26,8 @@ class Batch:
         num_label_tokens: supervised labels.
         num_tokens: tokens without padding.
         sum_squared_lengths: of the documents in it, which the cost of attention grows with.
+        label_positions: where ``labels`` are supervised, int64 [N], as positions in the flattened labels; None for labels
+            that were made on a device, because it would have to be waited for.
     """
 
     inputs: dict[str, Any]
@@ -34,13 +36,22 @@ class Batch:
     num_label_tokens: int = field(default=-1)
     num_tokens: int = field(default=-1)
     sum_squared_lengths: int = field(default=-1)
+    label_positions: torch.Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.labels.device.type == "cpu":
+            self.label_positions = (self.labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
         if self.num_label_tokens < 0:
             self.num_label_tokens = int((self.labels != IGNORE_INDEX).sum())
         if self.num_tokens < 0 or self.sum_squared_lengths < 0:
             counts = _count_tokens(self.inputs) if self.num_label_tokens else (0, 0)  # a dummy counts for nothing
             self.num_tokens, self.sum_squared_lengths = counts
+
+    @property
+    def num_slots(self) -> int:
+        """The tokens that the model computes, padding included."""
+        ids = self.inputs.get("input_ids")
+        return self.num_tokens if ids is None else ids.numel()
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with its tensors on ``device``; the copies may still be in flight."""
@@ -83,12 +94,14 @@ class Batch:
                 done[id(value)] = change(value)
             return done[id(value)]
 
-        return replace(
+        copy = replace(
             self,
             inputs={name: changed(value) for name, value in self.inputs.items()},
             labels=changed(self.labels),
             loss_weights=changed(self.loss_weights),
         )
+        copy.label_positions = changed(self.label_positions)
+        return copy
 
 
 def as_batch(tensors: Batch | Mapping[str, torch.Tensor]) -> Batch:

@@ -50,7 +50,9 @@ class TrainLoader:
     short last one has as many micro-batches on every rank; where rows run out, dummies fill up.
 
     Args:
-        rows: map-style; ``lengths`` [N] are their numbers of tokens, which the next two options need.
+        rows: map-style; ``lengths`` [N] are their numbers of tokens, which the next three options need.
+        sort_within_step: deal the rows of a step to ranks and micro-batches by length, the longest first. The step stays
+            the same, because it depends only on its set of rows, but little is padded and ranks wait less.
         length_grouped: put rows of about one length into a step, so that little is padded.
         max_tokens_per_batch: instead of ``local_batch_size`` rows, a micro-batch takes as many of its step's rows,
             sorted by length, as fit into so many tokens, padding included.
@@ -72,6 +74,7 @@ class TrainLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         lengths: np.ndarray | None = None,
+        sort_within_step: bool = False,
         length_grouped: bool = False,
         max_tokens_per_batch: int | None = None,
         draw: Callable[[int], np.ndarray] | None = None,
@@ -83,7 +86,7 @@ class TrainLoader:
         self.seed, self.num_epochs = seed, num_epochs
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.lengths, self.length_grouped, self.max_tokens_per_batch = lengths, length_grouped, max_tokens_per_batch
-        self.draw = draw
+        self.sort_within_step, self.draw = sort_within_step, draw
         self.num_rows = len(rows) if num_drawn is None else num_drawn
         num_whole, rest = divmod(self.num_rows, global_batch_size)
         self.steps_per_epoch = num_whole + bool(rest and not drop_last)
@@ -165,6 +168,8 @@ class TrainLoader:
             everyones = _by_tokens(rows, self.lengths[rows], self.max_tokens_per_batch)
             everyones += [[] for _ in range(-len(everyones) % self.dp_size)]
             return everyones[self.dp_rank :: self.dp_size]
+        if self.sort_within_step:
+            rows = longest_first(rows, self.lengths[rows])
         return shares_of(rows, self.local_batch_size, dp_size=self.dp_size)[self.dp_rank]
 
 
@@ -203,6 +208,11 @@ def shares_of(rows: list[Any], local_batch_size: int, *, dp_size: int) -> list[l
     """Return every rank's micro-batches of a global batch, as many for each; where rows run out they are empty."""
     local, starts = local_batch_size, range(0, len(rows), local_batch_size * dp_size)
     return [[rows[start + rank * local : start + (rank + 1) * local] for start in starts] for rank in range(dp_size)]
+
+
+def longest_first(items: list[Any], lengths: Sequence[int] | np.ndarray) -> list[Any]:
+    """Return ``items`` sorted by their ``lengths``; equal ones keep their order."""
+    return [items[index] for index in np.argsort(-np.asarray(lengths), kind="stable")]
 
 
 def _by_tokens(rows: list[int], lengths: np.ndarray, max_tokens: int) -> list[list[int]]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
 from automodel.data.batches.batch import Batch, as_batch
-from automodel.data.batches.loader import Collate, seeded, shares_of
+from automodel.data.batches.loader import Collate, longest_first, seeded, shares_of
 from automodel.data.batches.packing import PackedRows, pack
 from automodel.data.prepare.bad_rows import BadRows, warn_of_skipped
 from automodel.data.prepare.prepared import RowCounts
@@ -170,6 +170,7 @@ class StreamLoader:
     and tokenised once a node, and packs do not depend on the number of ranks. Every rank must iterate.
 
     Args:
+        sort_within_step: as for ``TrainLoader``.
         node_group: the ranks of this node, of which the first reads; None for a single process.
         num_workers: 0 reads in the step's own time, more in one process beside it.
     """
@@ -184,6 +185,7 @@ class StreamLoader:
         local_batch_size: int,
         dp_rank: int,
         dp_size: int,
+        sort_within_step: bool = False,
         node_group: dist.ProcessGroup | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -191,6 +193,7 @@ class StreamLoader:
         self.stream, self.collate = stream, collate
         self.local_batch_size, self.dp_rank, self.dp_size = local_batch_size, dp_rank, dp_size
         self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.sort_within_step = sort_within_step
         self.epoch = 0
         self.is_exhausted = False
         self._state = START
@@ -247,6 +250,8 @@ class StreamLoader:
                 "were removed since the checkpoint was saved; restore them, or begin a new run with another output_dir"
             )
             return [error] * len(self._dp_ranks)
+        if self.sort_within_step:
+            items = longest_first(items, [len(item["input_ids"]) for item in items])
         shares = shares_of(items, self.local_batch_size, dp_size=self.dp_size)
         return [(shares[dp_rank], *rest) for dp_rank in self._dp_ranks]
 
