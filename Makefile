@@ -6,7 +6,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest tests --ignore=tests/gpu -n 2 --dist 
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run preview check-parity verify-resume export test test-all test-gpu lint wheel bench clean
+.PHONY: help run preview check-parity verify-resume export test test-all test-gpu lint wheel bench bench-startup clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -44,8 +44,11 @@ wheel: $(VENV)/test ## build the wheel into dist/
 	rm -rf build dist
 	$(PY) -m build --wheel --no-isolation --outdir dist .
 
-bench: $(VENV)/test ## measure start-up times and the cost of a step
-	OMP_NUM_THREADS=1 $(PY) benchmarks/startup.py
+bench: $(VENV)/bench ## compare training on the CPU with a plain loop, Trainer and TRL; ARGS="--case small --rounds 1"
+	$(PY) -m benchmarks.compare $(ARGS)
+
+bench-startup: $(VENV)/run ## measure start-up times
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.startup
 
 clean: ## remove what the targets above built
 	rm -rf $(VENV) build dist *.egg-info
@@ -60,4 +63,8 @@ $(VENV)/run: pyproject.toml constraints.txt
 
 $(VENV)/test: $(VENV)/run
 	$(PIP) --editable '.[test]' setuptools wheel
+	touch $@
+
+$(VENV)/bench: $(VENV)/run
+	$(PIP) --editable '.[bench]'
 	touch $@
