@@ -61,7 +61,8 @@ SECTIONS: dict[str, tuple[Foreign, ...]] = {
                 remark=_QUANTIZED),
         Foreign("rope_scaling rope_theta", "TAL", remark="change the model's own config.json"),
         Foreign("remove_unused_columns auto_find_batch_size", "TA", remark="nothing of the kind is needed"),
-        Foreign("use_liger_kernel liger_kernel enable_liger_kernel", "TAL", remark=f"no fused kernels; {_OWN_CODE}"),
+        Foreign("use_liger_kernel liger_kernel enable_liger_kernel cut_cross_entropy", "TAL",
+                remark="loss_fn=linear_cross_entropy, the default, computes no logits where nothing is supervised"),
         Foreign("fp8 qat", "AUN", remark="neither float8 nor quantization-aware training"),
     ),
     "Adapters": (
@@ -154,7 +155,7 @@ SECTIONS: dict[str, tuple[Foreign, ...]] = {
         Foreign("max_grad_norm gradient_clipping clip_grad_norm", "TALU", "clip_grad_norm.max_norm={}"),
         Foreign("neftune_noise_alpha neftune", "TALN", remark="no noise on embeddings"),
         Foreign("label_smoothing_factor label_smoother", "T",
-                remark=f"plain cross entropy; {_OWN_CODE}: loss_fn._target_"),
+                "loss_fn.label_smoothing={}"),
         Foreign("galore use_galore use_badam use_apollo", "AL",
                 remark=f"adamw or sgd; {_OWN_CODE}: optimizer._target_"),
     ),

@@ -88,9 +88,7 @@ class OutputLayer:
         weight, part = _plain_weight(layer)
         if weight is not None:
             bias = layer.bias.to_local() if isinstance(layer.bias, DTensor) else layer.bias
-            return chunked_loss_sum(
-                hidden_ND, weight, bias, targets, loss=loss, transform=self.transform, part=part
-            )
+            return chunked_loss_sum(hidden_ND, weight, bias, targets, loss=loss, transform=self.transform, part=part)
         return self._score_by_module(layer, hidden_ND, targets, loss)
 
     def _score_by_module(

@@ -46,16 +46,19 @@ class TrainingFlops:
     """FLOPs of a forward and backward pass.
 
     Attributes:
-        per_token: in the matrix multiplications by weights.
+        per_token: in the matrix multiplications by weights, without the output layer.
+        per_label_token: in the output layer of a language model, whose logits only supervised tokens need.
         per_squared_length: in attention, per unit of a document's squared length.
     """
 
     per_token: float = 0.0
     per_squared_length: float = 0.0
+    per_label_token: float = 0.0
 
-    def total(self, num_tokens: int, sum_squared_lengths: int) -> float:
+    def total(self, *, num_tokens: int, num_label_tokens: int, sum_squared_lengths: int) -> float:
         """Return the FLOPs for documents with ``num_tokens`` in total, given the sum of their squared lengths."""
-        return self.per_token * num_tokens + self.per_squared_length * sum_squared_lengths
+        by_weights = self.per_token * num_tokens + self.per_label_token * num_label_tokens
+        return by_weights + self.per_squared_length * sum_squared_lengths
 
 
 def training_flops(model: nn.Module) -> TrainingFlops:
@@ -66,22 +69,29 @@ def training_flops(model: nn.Module) -> TrainingFlops:
     12 x layers x heads x head size per token and position of its document, causal or not.
 
     Only matrix multiplications count. An embedding is looked up and does not count, unless it is tied to the output
-    layer. Of stacked expert weights [experts, ...] the share that a token is routed to counts. Recomputation does not.
+    layer. The output layer counts for supervised tokens alone, also with a loss that computes all logits. Of stacked expert weights [experts, ...] the share that a token is routed to counts. Recomputation does not.
     """
-    config = unwrap(model).config.get_text_config()
+    plain = unwrap(model)
+    config = plain.config.get_text_config()
+    layer = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
+    of_output_layer = set() if layer is None else {id(parameter) for parameter in layer.parameters()}
     embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     matrices = {
         id(parameter): parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)  # a tied weight has two names
         if parameter.ndim >= 2 and name.rpartition(".")[0] not in embeddings
     }
-    per_token = sum(
-        (6 if matrix.requires_grad else 4) * matrix.numel() * _share_used(matrix, config)
-        for matrix in matrices.values()
-    )
+
+    def total(of_output: bool) -> float:
+        return sum(
+            (6 if matrix.requires_grad else 4) * matrix.numel() * _share_used(matrix, config)
+            for key, matrix in matrices.items()
+            if (key in of_output_layer) == of_output
+        )
+
     num_layers, num_heads = _number(config, "num_hidden_layers"), _number(config, "num_attention_heads")
     width = num_heads * _number(config, "head_dim") or (_number(config, "hidden_size") if num_heads else 0)
-    return TrainingFlops(per_token, 12.0 * num_layers * width)
+    return TrainingFlops(total(False), 12.0 * num_layers * width, per_label_token=total(True))
 
 
 def peak_flops_per_sec(device_name: str) -> float | None:

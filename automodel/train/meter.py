@@ -14,8 +14,9 @@ from automodel.train.flops import TrainingFlops, peak_flops_per_sec
 
 
 class StepCounts(Protocol):
-    """What a step counts over all ranks: tokens, tokens with padding, and the squared lengths of its documents."""
+    """What a step counts over all ranks, as in ``StepResult``."""
 
+    num_label_tokens: int
     num_tokens: int
     num_slots: int
     sum_squared_lengths: int
@@ -51,7 +52,11 @@ class Meter:
         self._num_steps += 1
         self._num_tokens += step.num_tokens
         self._num_slots += step.num_slots
-        self._flops += self.flops.total(step.num_tokens, step.sum_squared_lengths)
+        self._flops += self.flops.total(
+            num_tokens=step.num_tokens,
+            num_label_tokens=step.num_label_tokens,
+            sum_squared_lengths=step.sum_squared_lengths,
+        )
 
     def read(self) -> dict[str, float | None]:
         """Return the figures since the last call, and reset them.

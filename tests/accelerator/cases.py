@@ -29,6 +29,7 @@ from automodel.distributed.parallel.strategy import data_parallel
 from automodel.eval.metrics import ConfusionMatrix
 from automodel.eval.validation import Validation, validate
 from automodel.losses.cross_entropy import CrossEntropy
+from automodel.losses.linear_cross_entropy import LinearCrossEntropy
 from automodel.losses.objective import as_objective
 from automodel.optim.optimizers import adamw, parameter_groups
 from automodel.optim.schedules import constant
@@ -50,12 +51,15 @@ class Case:
     strategy: DDP | FSDP2
     world_size: int
     is_packed: bool = False
+    loss: CrossEntropy = LinearCrossEntropy()  # noqa: RUF009 - frozen
 
 
 CASES = {
     "fsdp2, padded": Case(FSDP2(mixed_precision="bf16", activation_checkpointing=True), 8),
     "fsdp2, packed": Case(FSDP2(mixed_precision="bf16"), 8, is_packed=True),
     "fsdp2, offloaded": Case(FSDP2(cpu_offload=True), 8),
+    "fsdp2, all logits": Case(FSDP2(mixed_precision="bf16"), 8, loss=CrossEntropy()),
+    "fsdp2 tp 2": Case(FSDP2(tp_size=2), 8, loss=LinearCrossEntropy(label_smoothing=0.1, z_loss=1e-4, chunk_size=4)),
     "ddp alone": Case(DDP(mixed_precision="bf16"), 1),
     "ddp": Case(DDP(mixed_precision="bf16"), 8),
 }
@@ -80,7 +84,7 @@ def run(case: Case) -> dict[str, Any]:
         if dist.get_world_size() > 1 and isinstance(case.strategy, DDP):
             model.register_comm_hook(None, given_back)
         optimizer = adamw(parameter_groups(model), lr=1e-3)
-        objective = as_objective(CrossEntropy())
+        objective = as_objective(case.loss)
         config = StepConfig(info.device, dp.group, True, 1.0, lambda: case.strategy.autocast(info.device))
         records: list[dict[str, Any]] = []
         rows = uneven_rows(NUM_STEPS * MICRO_BATCHES * dp.size)

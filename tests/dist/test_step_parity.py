@@ -52,7 +52,13 @@ def plain_reference(rows: list[dict], clip_norm: float | None) -> tuple[float, f
 
 
 def one_step(
-    strategy_name: str, num_rows: int, masked: tuple[int, ...], local: int, accumulation: int, defer: bool, clip: float,
+    strategy_name: str,
+    num_rows: int,
+    masked: tuple[int, ...],
+    local: int,
+    accumulation: int,
+    defer: bool,
+    clip: float,
     loss: str = "in chunks",
 ) -> tuple[float, float, dict[str, torch.Tensor]]:
     model, _, dp = parallel_model(strategy_name)

@@ -29,14 +29,14 @@ def llama(*, tied: bool) -> nn.Module:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_trained_weight_takes_six_flops_a_token_and_a_look_up_none(tied):
-    assert training_flops(llama(tied=tied)) == TrainingFlops(6 * (2 * LAYER + HEAD), ATTENTION)
+    assert training_flops(llama(tied=tied)) == TrainingFlops(6 * 2 * LAYER, ATTENTION, 6 * HEAD)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_frozen_weight_takes_four(tied):
     model = LoRA(rank=1, alpha=1, target_modules="all-linear").apply(llama(tied=tied), task=CausalLM())
-    expected = 4 * (2 * LAYER + HEAD) + 6 * 2 * ADAPTERS_OF_A_LAYER
-    assert training_flops(model) == TrainingFlops(expected, ATTENTION)
+    expected = 4 * 2 * LAYER + 6 * 2 * ADAPTERS_OF_A_LAYER
+    assert training_flops(model) == TrainingFlops(expected, ATTENTION, 4 * HEAD)
 
 
 def test_a_token_takes_its_own_experts_alone():
@@ -47,7 +47,7 @@ def test_a_token_takes_its_own_experts_alone():
         num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1, mlp_only_layers=[],
     )  # fmt: skip
     attention, router, experts = 4 * 4 + 2 * 4 + 2 * 4 + 4 * 4, 4 * 4, 2 * 3 * 4 * 8
-    assert training_flops(Qwen3MoeForCausalLM(config)).per_token == 6 * (attention + router + experts + HEAD)
+    assert training_flops(Qwen3MoeForCausalLM(config)).per_token == 6 * (attention + router + experts)
 
 
 def test_peaks_go_by_the_exact_name():
@@ -80,11 +80,12 @@ def test_utilisation_is_the_models_arithmetic_over_the_devices_own_time(monkeypa
     monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(Event=Event))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
-    meter = Meter(torch.device("cuda", 0), world_size=2, flops=TrainingFlops(per_token=1e12, per_squared_length=1e9))
+    meter = Meter(torch.device("cuda", 0), world_size=2, flops=TrainingFlops(1e12, 1e9, 1e11))
     for _ in range(2):
         with meter.training():
-            meter.count(SimpleNamespace(num_tokens=100, num_slots=100, sum_squared_lengths=5000))  # two documents of 50 tokens
+            # Two documents of 50 tokens, 30 of them supervised.
+            meter.count(SimpleNamespace(num_label_tokens=30, num_tokens=100, num_slots=100, sum_squared_lengths=5000))
         Event(enable_timing=True).record()  # something between two steps, such as a validation
     figures = meter.read()
     assert figures["step_time_sec"] == 0.5 and figures["tokens_per_sec"] == 200
-    assert figures["mfu"] == pytest.approx(2 * (100e12 + 5e12) / 1.0 / (2 * 756e12))
+    assert figures["mfu"] == pytest.approx(2 * (100e12 + 5e12 + 3e12) / 1.0 / (2 * 756e12))

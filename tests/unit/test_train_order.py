@@ -109,7 +109,9 @@ def test_grouping_by_length_pads_less():
 
 def test_rows_of_a_step_are_dealt_by_length_the_longest_first():
     assert padding(local_batch_size=3, sort_within_step=True) < 0.5 * padding(local_batch_size=3)
-    for of_ranks in zip(*(loader_of(rank, 2, local_batch_size=3, sort_within_step=True) for rank in (0, 1)), strict=True):
+    for of_ranks in zip(
+        *(loader_of(rank, 2, local_batch_size=3, sort_within_step=True) for rank in (0, 1)), strict=True
+    ):
         lengths = [LENGTHS[row] for micro in zip(*of_ranks, strict=True) for batch in micro for row in rows_of(batch)]
         assert lengths == sorted(lengths, reverse=True)
 

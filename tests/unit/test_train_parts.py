@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,7 +171,7 @@ def test_the_meter_counts_training_alone(monkeypatch):
     meter = Meter(torch.device("cpu"), world_size=2, flops=TrainingFlops())
     for _ in range(2):
         with meter.training():
-            meter.count(SimpleNamespace(num_tokens=100, num_slots=125, sum_squared_lengths=1000))
+            meter.count(SimpleNamespace(num_label_tokens=9, num_tokens=100, num_slots=125, sum_squared_lengths=1000))
     figures = meter.read()
     assert (figures["tokens_per_sec"], figures["tokens_per_sec_per_device"], figures["step_time_sec"]) == (50, 25, 2)
     assert figures["padding_share"] == pytest.approx(0.2)
