@@ -156,7 +156,7 @@ def _has_hooks(layer: nn.Module) -> bool:
 
 
 class _Receiver(nn.Module):
-    """Stands for an output layer and keeps the hidden states that it is given."""
+    """A stand-in for an output layer that keeps its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class _NoHiddenStates:
 
 
 class _Returns(nn.Module):
-    """Returns the same value whatever it is given."""
+    """Returns the same value for any input."""
 
     def __init__(self, value: Any) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ def _find_transform(base: nn.Module, holder: nn.Module, name: str) -> LogitTrans
             _replaced(holder, name, _Returns(logits)),
         ):
             found = base.forward(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False).logits
-    except Exception:  # noqa: BLE001 - a forward of any kind: then it alone knows
+    except Exception:  # a forward that needs more than that, of any kind
         return None
     for transform in (LogitTransform(scale, cap) for cap in caps for scale in scales):
         if found.shape == logits.shape and torch.allclose(transform(logits), found, rtol=1e-6, atol=1e-6):

@@ -69,7 +69,8 @@ def training_flops(model: nn.Module) -> TrainingFlops:
     12 x layers x heads x head size per token and position of its document, causal or not.
 
     Only matrix multiplications count. An embedding is looked up and does not count, unless it is tied to the output
-    layer. The output layer counts for supervised tokens alone, also with a loss that computes all logits. Of stacked expert weights [experts, ...] the share that a token is routed to counts. Recomputation does not.
+    layer. The output layer counts for supervised tokens alone, also with a loss that computes all logits. Of stacked
+    expert weights [experts, ...] the share that a token is routed to counts. Recomputation does not.
     """
     plain = unwrap(model)
     config = plain.config.get_text_config()

@@ -14,7 +14,7 @@ import torch
 from tests.conftest import ROOT
 
 TRIED = ("2.13",)
-LAYOUTS = ["fsdp2, padded", "fsdp2, packed", "ddp alone", "ddp"]
+LAYOUTS = ["fsdp2, padded", "fsdp2, packed", "fsdp2, all logits", "ddp alone", "ddp"]
 LOGGED_STEPS, VALIDATIONS = 2, 1  # of three steps, the first and the last
 
 TORCHS_OWN = {"ddp": 2}
@@ -51,6 +51,12 @@ def test_no_step_waits_for_the_device(results, case):
     found = within(waits(results, case), "train/step.py:train_step")
     # In its first step, DDP reads the order of its buckets back.
     assert len(found) == TORCHS_OWN.get(case, 0) and all(wait["step"] == 1 for wait in found), found
+
+
+def test_a_split_vocabulary_adds_no_wait(results):
+    found = within(waits(results, "fsdp2 tp 2"), "train/step.py:train_step")
+    # torch's split embedding sets the ids of other ranks to 0 by a mask, which CUDA does without waiting.
+    assert {wait["what"] for wait in found} == {"the shape of index_put_ depends on values"}
 
 
 @pytest.mark.parametrize("case", LAYOUTS)

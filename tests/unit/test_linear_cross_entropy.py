@@ -25,9 +25,9 @@ RELATIVE = 2e-6  # float32 sums in another order
 
 def tiny(kind: str, **more: object) -> nn.Module:
     torch.manual_seed(0)
-    sizes = dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
-                 bos_token_id=1, eos_token_id=2)  # fmt: skip
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+             "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
     config = getattr(transformers, f"{kind}Config")(**sizes | more)
     return transformers.AutoModelForCausalLM.from_config(config)
 

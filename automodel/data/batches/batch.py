@@ -26,8 +26,8 @@ class Batch:
         num_label_tokens: supervised labels.
         num_tokens: tokens without padding.
         sum_squared_lengths: of the documents in it, which the cost of attention grows with.
-        label_positions: where ``labels`` are supervised, int64 [N], as positions in the flattened labels; None for labels
-            that were made on a device, because it would have to be waited for.
+        label_positions: where ``labels`` are supervised, int64 [N], as positions in the flattened labels; None for
+            labels made on a device, because it would have to be waited for.
     """
 
     inputs: dict[str, Any]

@@ -51,8 +51,8 @@ class TrainLoader:
 
     Args:
         rows: map-style; ``lengths`` [N] are their numbers of tokens, which the next three options need.
-        sort_within_step: deal the rows of a step to ranks and micro-batches by length, the longest first. The step stays
-            the same, because it depends only on its set of rows, but little is padded and ranks wait less.
+        sort_within_step: deal the rows of a step to ranks and micro-batches by length, the longest first. The step
+            stays the same, because it depends only on its set of rows, but little is padded and ranks wait less.
         length_grouped: put rows of about one length into a step, so that little is padded.
         max_tokens_per_batch: instead of ``local_batch_size`` rows, a micro-batch takes as many of its step's rows,
             sorted by length, as fit into so many tokens, padding included.
