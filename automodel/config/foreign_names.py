@@ -36,7 +36,7 @@ _MODEL = "model=hf model.pretrained_model_name_or_path={}"
 _ROWS = "dataset=hf dataset.path={}"
 _GLOBAL = "step_scheduler.global_batch_size=..."
 _ACCUMULATION = "rows per optimizer step: local_batch_size x ranks x accumulation steps"
-_QUANTIZED = "weights are never quantized; peft=lora model.dtype=bfloat16 holds 2 bytes for each frozen weight"
+_QUANTIZED = "4-bit frozen weights under adapters, on CUDA; peft=lora model.dtype=bfloat16 holds them in 2 bytes each"
 _OWN_CODE = "any class or function of yours can be named as _target_"
 
 SECTIONS: dict[str, tuple[Foreign, ...]] = {
@@ -57,8 +57,12 @@ SECTIONS: dict[str, tuple[Foreign, ...]] = {
         Foreign("attn_implementation flash_attention flash_attn use_flash_attention_2 sdpa_method", "TALN",
                 "model.attn_implementation=flash_attention_2", "or sdpa, eager"),
         Foreign("trust_remote_code", "TAL", "model.trust_remote_code={}"),
-        Foreign("load_in_4bit load_in_8bit quantization_bit bnb_4bit_quant_type quantization", "TALN",
-                remark=_QUANTIZED),
+        Foreign("load_in_4bit quantization_bit quantization qlora", "TALN", "peft=qlora", _QUANTIZED),
+        Foreign("bnb_4bit_quant_type", "TN", "peft=qlora peft.quantization={}", "nf4 or fp4"),
+        Foreign("bnb_4bit_use_double_quant use_bnb_nested_quant double_quantization", "TLN",
+                "peft=qlora peft.double_quantization={}"),
+        Foreign("bnb_4bit_compute_dtype", "TN", "peft=qlora peft.compute_dtype={}"),
+        Foreign("load_in_8bit", "TA", remark="frozen weights are quantized to 4 bit alone: peft=qlora"),
         Foreign("rope_scaling rope_theta", "TAL", remark="change the model's own config.json"),
         Foreign("remove_unused_columns auto_find_batch_size", "TA", remark="nothing of the kind is needed"),
         Foreign("use_liger_kernel liger_kernel enable_liger_kernel cut_cross_entropy", "TAL",
@@ -76,7 +80,12 @@ SECTIONS: dict[str, tuple[Foreign, ...]] = {
         Foreign("lora_modules_to_save additional_target", "TAL", f"{_LORA}modules_to_save={{}}"),
         Foreign("use_dora peft_use_dora", "TALUN", "peft=dora"),
         Foreign("use_rslora peft_use_rslora", "TAL", f"{_LORA}use_rslora={{}}"),
-        Foreign("loraplus_lr_ratio loraplus_lr_embedding pissa_init", "AL", remark="plain LoRA, DoRA and rsLoRA alone"),
+        Foreign("loraplus_lr_ratio", "AL", f"{_LORA}lr_ratio={{}}", "of the matrices B"),
+        Foreign("loraplus_lr_embedding", "AL", remark="adapters of embeddings learn at optimizer.lr"),
+        Foreign("pissa_init", "L", f"{_LORA}init_lora_weights=pissa"),
+        Foreign("init_lora_weights peft_init_lora_weights", "TA", f"{_LORA}init_lora_weights={{}}"),
+        Foreign("lora_target_parameters", "TA", f"{_LORA}target_parameters={{}}"),
+        Foreign("adapter_name_or_path lora_model_dir", "AL", f"{_LORA}init_from={{}}"),
         Foreign("exclude_modules", "N", remark="peft.target_modules takes a regular expression that leaves them out"),
         Foreign("freeze_trainable_layers unfrozen_parameters", "AL",
                 remark="every weight is trained (peft=none), or adapters alone (peft=lora)"),

@@ -19,6 +19,7 @@ _ROWS = "the rows of a step would differ"
 _MODEL = "the weights were trained in another model"
 _BASE = "adapters fit the weights they were trained on and no others"
 _SHAPE = "the trained adapters have another shape or scale"
+_START = "the frozen weights under the adapters would differ"
 _STATE = "its state belongs to another optimizer"
 _RECIPE = "the checkpoint holds what another recipe trained"
 
@@ -104,6 +105,13 @@ RULES: dict[str, Rule] = {
     "peft.use_rslora": OTHER_SHAPE,
     "peft.use_dora": OTHER_SHAPE,
     "peft.modules_to_save": OTHER_SHAPE,
+    "peft.target_parameters": OTHER_SHAPE,
+    "peft.init_lora_weights": Rule("refused", _START, can_be_allowed=False),
+    "peft.init_from": FREE,  # the checkpoint's adapters replace those that it brings
+    "peft.lr_ratio": TRAINED,
+    "peft.quantization": Rule("refused", _START, can_be_allowed=False),
+    "peft.double_quantization": Rule("refused", _START, can_be_allowed=False),
+    "peft.compute_dtype": APPLIED,
     "peft.dropout": TRAINED,
     "dataset._target_": ROWS,
     "dataset.num_proc": FREE,

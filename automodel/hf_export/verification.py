@@ -105,6 +105,8 @@ def verify(
 ) -> None:
     """Load ``folder`` on the CPU as a user would and compare weights and logits; only one process calls it.
 
+    An adapter is loaded where ``load_base`` puts its base.
+
     Args:
         model: the unwrapped model that the folder was written from, or its twin on the meta device.
         digests: of the written weights, by their names in ``model``. They reveal any wrong weight in any precision;
@@ -123,7 +125,7 @@ def verify(
         loaded = _load_model(folder, handle_of(model).plain_class)
         use_host_attention(loaded)
     _compare_weights(loaded.state_dict(), digests)
-    compare(probe(loaded), expected=expected)
+    compare(probe(loaded, device=next(loaded.parameters()).device), expected=expected)
 
 
 def use_host_attention(model: PreTrainedModel) -> None:
@@ -169,7 +171,7 @@ def _compare_weights(loaded: Mapping[str, torch.Tensor], digests: Digests) -> No
 
 
 def _checksum(weight: torch.Tensor) -> int:
-    return zlib.crc32(weight.detach().contiguous().flatten().view(torch.uint8).numpy())
+    return zlib.crc32(weight.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
 
 
 def _load_model(folder: Path, model_class: type[PreTrainedModel]) -> PreTrainedModel:

@@ -32,6 +32,7 @@ def export_model(
     device: torch.device | str = "cpu",
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     load_base: Callable[[], PreTrainedModel] | None = None,
+    as_written: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = dict,
     must_verify: bool = True,
     dtype: torch.dtype | None = None,
 ) -> None:
@@ -48,6 +49,7 @@ def export_model(
         device: the device of the live model.
         autocast: makes the autocast context of the live model.
         load_base: loads the frozen weights again, to verify adapters.
+        as_written: turns the whole weights of adapters into those that are written for them.
         must_verify: False skips loading and comparing.
         dtype: the dtype of the written weights, adapters excepted; None: unchanged.
 
@@ -58,6 +60,8 @@ def export_model(
     unwrapped = handle.plain_model
     has_adapter = is_peft_model(unwrapped)
     weights = handle.whole_weights(only_trained=has_adapter)
+    if has_adapter:
+        weights = as_written(weights)
 
     def write(partial: Path) -> Digests:
         if dtype is not None and not has_adapter:

@@ -89,17 +89,22 @@ class HFModel:
             self.pretrained_model_name_or_path, revision=self.revision, trust_remote_code=self.trust_remote_code
         )
 
-    def build(self, tokenizer: PreTrainedTokenizerBase, *, task: Any) -> PreTrainedModel:
-        """Load the weights on the CPU.
+    def build(
+        self, tokenizer: PreTrainedTokenizerBase, *, task: Any, quantization_config: Any = None
+    ) -> PreTrainedModel:
+        """Load the weights on the CPU, or on this rank's device if they are quantized.
 
         Args:
             task: the Task that says which class of transformers loads them.
+            quantization_config: transformers' own, or None.
 
         Raises:
             UserError: nothing loadable is there, or a weight of the checkpoint or of the model has no partner
                 (a new classification head excepted).
         """
         options = self._options()
+        if quantization_config is not None:
+            options["quantization_config"] = quantization_config
         try:
             model, report = task.auto_class().from_pretrained(
                 self.pretrained_model_name_or_path,

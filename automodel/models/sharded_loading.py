@@ -131,8 +131,8 @@ def _prepare(source: HFModel, tokenizer: PreTrainedTokenizerBase, *, task: Any, 
     for each, known in ((source, (HFModel,)), (adapters, (LoRA, type(None)))):
         if type(each) not in known:
             raise _MustLoadWhole(f"what {type(each).__name__} does with the weights is not known")
-    if adapters is not None and adapters.use_dora:
-        raise _MustLoadWhole("DoRA begins with the norms of whole weights")
+    if adapters is not None and (reason := adapters.needs_whole_weights):
+        raise _MustLoadWhole(reason)
     if new_token_ids(source, tokenizer):
         raise _MustLoadWhole("its embeddings get new rows")
     files = _weight_files(source)

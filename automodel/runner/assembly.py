@@ -21,7 +21,7 @@ from automodel.losses.cross_entropy import forward_logits
 from automodel.losses.objective import Objective, as_objective
 from automodel.models.hf import pad_token_id, stop_at
 from automodel.models.isolation import require_isolation
-from automodel.optim.optimizers import parameter_groups
+from automodel.optim.optimizers import build_optimizer
 from automodel.runner.build import build
 from automodel.runner.evaluations import ValidationSet
 from automodel.runner.job import Job
@@ -84,7 +84,7 @@ def assemble(job: Job, recipe: Recipe) -> Assembly:
         validation = ValidationSet(job, model, tokenizer, data=data, objective=objective, collate=collate)
     loader = data.loader(job, collate if data.pack_length is None else _packed_collator(job, model, tokenizer))
     steps = _steps(job, loader, is_validated=validation is not None)
-    optimizer = build(cfg.optimizer)(parameter_groups(model))
+    optimizer = build_optimizer(build(cfg.optimizer), model, lr_ratio=(cfg.peft or {}).get("lr_ratio"))
     job.strategy.prepare_optimizer(optimizer, model)
     return Assembly(
         job=job,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from automodel.checkpoint.weight_reader import WeightReader
+    from automodel.models.adapter_starts import PlainAdapterReader
 
 Check = Callable[[Path], None]
 """Verifies a folder that was written; raises ExportError."""
@@ -120,12 +121,16 @@ def export(options: Options, run: Run) -> None:
     from automodel.checkpoint.weight_reader import WeightReader
     from automodel.hf_export.write import kept_if_unverified, publish, write_unverified
     from automodel.logs import get_logger
+    from automodel.models.adapter_starts import PlainAdapterReader
+    from automodel.models.adapters import LoRA
     from automodel.runner.build import build
 
     if options.dtype is None and run.peft is None and run.model.get("dtype") in ("float32", "bfloat16"):
         options = replace(options, dtype=run.model["dtype"])  # in which the run writes model/ as well
-    source = build(run.model)
-    trained = _Trained(source, build(run.peft), _tokenizer(source, run), run.task, WeightReader(options.checkpoint))
+    source, adapters, reader = build(run.model), build(run.peft), WeightReader(options.checkpoint)
+    if isinstance(adapters, LoRA) and adapters.starts_at_factors:
+        adapters, reader = adapters.exported(), PlainAdapterReader(reader)
+    trained = _Trained(source, adapters, _tokenizer(source, run), run.task, reader)
     write = _write_whole if trained.adapters is None else _write_merged if options.merge else _write_adapter
 
     def fill(folder: Path) -> Check:
@@ -163,7 +168,7 @@ class _Trained:
     adapters: Any
     tokenizer: PreTrainedTokenizerBase
     task: Any
-    reader: WeightReader
+    reader: WeightReader | PlainAdapterReader
 
     def unfilled(self, device: str) -> PreTrainedModel:
         from automodel.models.hf import build_unfilled

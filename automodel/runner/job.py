@@ -35,6 +35,11 @@ class Job:
         attention = str(cfg.model.get("attn_implementation"))
         if device.type == "cpu" and attention.startswith("flash_attention"):
             raise UserError(f"model.attn_implementation={attention} needs a GPU, and this run has none; choose sdpa")
+        if cfg.peft is not None and cfg.peft.get("quantization") and device.type != "cuda":
+            raise UserError(
+                f"peft.quantization={cfg.peft['quantization']} (peft=qlora) needs a CUDA device, and this run has "
+                f"{device.type} alone; choose peft=lora"
+            )
         self.precision = resolve_precision(cfg.model, cfg.distributed, is_frozen=cfg.peft is not None, device=device)
         self.strategy = build(cfg.distributed | self.precision.of_strategy)
         self.mesh = self.strategy.build_mesh(self.dist_info)

@@ -15,7 +15,7 @@ from automodel.distributed.runtime.agreement import run_on_all_ranks, run_on_mai
 from automodel.distributed.runtime.first_rank import FirstRankPerNode
 from automodel.distributed.runtime.watchdog import set_phase
 from automodel.logs import get_logger, warn_for_all
-from automodel.models.adapters import described, merge_problem
+from automodel.models.adapters import LoRA, described, merge_problem
 from automodel.models.embeddings import new_token_ids
 from automodel.models.hf import HFModel, held_in
 from automodel.models.sharded_loading import unfilled_model
@@ -58,7 +58,7 @@ def build_model(job: Job, source: Any, tokenizer: PreTrainedTokenizerBase, *, ta
     set_phase("loading the model")
     info, adapters = job.dist_info, build(job.cfg.peft)
     source = held_in(source, job.precision.held)
-    load_base = partial(source.build, tokenizer, task=task)
+    load_base = partial(source.build, tokenizer, task=task, **_loading_options(adapters))
     fingerprint = run_on_main(source.weights_fingerprint) if isinstance(source, HFModel) else None
     device, unfilled = job.strategy.device_of_shards(info), None
     if device is not None and info.world_size > 1:
@@ -76,6 +76,8 @@ def build_model(job: Job, source: Any, tokenizer: PreTrainedTokenizerBase, *, ta
         return model
 
     model = run_on_all_ranks(load)
+    if isinstance(adapters, LoRA):
+        adapters.start(model)
     if adapters is not None:
         log.info("%s", described(model))
         problem = merge_problem(model)
@@ -86,6 +88,10 @@ def build_model(job: Job, source: Any, tokenizer: PreTrainedTokenizerBase, *, ta
         run_on_all_ranks(lambda: unfilled.fill(model, device))
     seed_everything(job.cfg.rng.seed, rank=job.dp.rank)
     return TrainedModel(model, load_base, fingerprint)
+
+
+def _loading_options(adapters: Any) -> dict[str, Any]:
+    return adapters.loading_options() if isinstance(adapters, LoRA) else {}
 
 
 def build_frozen_models(

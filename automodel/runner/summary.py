@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from automodel.distributed.parallel.layers import num_weights
 from automodel.logs import get_logger
 from automodel.models.adapters import is_adapted
 
@@ -36,7 +37,7 @@ def log_plan(parts: Assembly, *, output: str, is_evaluation_due: bool | None = N
     cfg, info, has_checkpoints = job.cfg.step_scheduler, job.dist_info, job.cfg.checkpoint.enabled
     accumulation = cfg.global_batch_size // (cfg.local_batch_size * job.dp.size)
     all_parameters, trained = (
-        sum(p.numel() for p in parts.model.parameters() if p.requires_grad or not only) for only in (False, True)
+        sum(num_weights(p) for p in parts.model.parameters() if p.requires_grad or not only) for only in (False, True)
     )
     is_due = parts.begins_with_evaluation if is_evaluation_due is None else is_evaluation_due
     is_first_due = is_due and steps.step == 0

@@ -13,11 +13,13 @@ from automodel.checkpoint.room import expected_bytes, warn_of_little_room
 from automodel.checkpoint.training import Checkpointer, SaveError, TrainState, load_checkpoint
 from automodel.config import resolved_yaml, secret_keys
 from automodel.distributed.parallel.handle import unwrap
+from automodel.distributed.parallel.layers import num_weights
 from automodel.distributed.runtime.agreement import run_on_main
 from automodel.distributed.runtime.watchdog import set_phase
 from automodel.hf_export.write import export_model, write_generation_settings
 from automodel.loggers.fanout import MetricSink, open_loggers
 from automodel.logs import add_log_file, get_logger
+from automodel.models.adapter_starts import as_plain_adapter, follow_starts, starts_of
 from automodel.runner.assembly import Assembly, assemble
 from automodel.runner.build import build
 from automodel.runner.evaluations import score_tables, share_table
@@ -87,7 +89,9 @@ def _load(parts: Assembly, start: Start) -> _Saved | None:
     if start.checkpoint is None:
         return None
     steps, loader = parts.steps, parts.loader
+    starts = starts_of(parts.model)
     progress, rng = load_checkpoint(start.checkpoint, TrainState(parts.model, parts.optimizer))
+    follow_starts(parts.model, starts)
     steps.step = progress["step"]
     loader.load_state_dict(progress["loader"])
     if loader.is_exhausted:
@@ -156,6 +160,7 @@ def _run_and_export(parts: Assembly, run: Run, loop: TrainLoop) -> None:
                     device=job.dist_info.device,
                     autocast=job.autocast,
                     load_base=parts.load_base,
+                    as_written=as_plain_adapter,
                     must_verify=job.cfg.export.verify,
                     dtype=job.precision.written,
                 )
@@ -227,4 +232,4 @@ def _open_folder(parts: Assembly, run: Run, start: Start) -> None:
 
 def num_parameters(model: nn.Module, *, only_trained: bool = False) -> int:
     """Return the number of parameters of the whole model, perhaps only of those that are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not only_trained)
+    return sum(num_weights(p) for p in model.parameters() if p.requires_grad or not only_trained)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from automodel.distributed.parallel.handle import unwrap
+from automodel.distributed.parallel.layers import num_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -85,7 +86,7 @@ def training_flops(model: nn.Module) -> TrainingFlops:
 
     def total(of_output: bool) -> float:
         return sum(
-            (6 if matrix.requires_grad else 4) * matrix.numel() * _share_used(matrix, config)
+            (6 if matrix.requires_grad else 4) * num_weights(matrix) * _share_used(matrix, config)
             for key, matrix in matrices.items()
             if (key in of_output_layer) == of_output
         )

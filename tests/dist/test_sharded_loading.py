@@ -151,8 +151,10 @@ def test_every_layout_is_filled_alike(ranks, tmp_path, world, strategy, adapters
         LoRA(rank=2),
         LoRA(rank=2, use_rslora=True, modules_to_save=["lm_head"]),
         LoRA(rank=2, target_modules=["embed_tokens"]),
+        LoRA(rank=2, init_lora_weights="gaussian"),
+        LoRA(rank=2, init_lora_weights="orthogonal"),
     ],
-    ids=["lora", "with a copied module", "on the embeddings"],
+    ids=["lora", "with a copied module", "on the embeddings", "gaussian", "orthogonal"],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapters_begin_with_the_same_numbers(two_ranks, tmp_path, dtype, adapters):
@@ -249,13 +251,35 @@ def quantized(folder: Path) -> Path:
             "score.weight is not in the files",
         ),
         (lambda folder: (HFModel(str(save(folder, "llama"))), None, LoRA(use_dora=True)), "DoRA begins with"),
+        (
+            lambda folder: (HFModel(str(save(folder, "llama"))), None, LoRA(init_lora_weights="pissa")),
+            "peft.init_lora_weights=pissa begins with factors of whole weights",
+        ),
+        (
+            lambda folder: (
+                HFModel(str(save(folder, "llama"))),
+                None,
+                LoRA(init_from="x", modules_to_save=["lm_head"]),
+            ),
+            "peft.init_from brings modules that are trained whole",
+        ),
         (lambda folder: (HFModel(str(save(folder, "mixtral"))),), "converts the weights of MixtralForCausalLM"),
         (lambda folder: (HFModel(str(both_of_a_tie(folder))),), "hold a tied weight twice"),
         (lambda folder: (HFModel(str(quantized(folder))),), "quantization_config"),
         (lambda folder: (HFModel(str(folder / "nothing")),), "Error: "),
         (lambda folder: (OwnModel(str(save(folder, "llama"))),), "OwnModel does with the weights is not known"),
     ],
-    ids=["new head", "dora", "fused", "both of a tie", "quantized", "no folder", "a class of one's own"],
+    ids=[
+        "new head",
+        "dora",
+        "pissa",
+        "another adapter",
+        "fused",
+        "both of a tie",
+        "quantized",
+        "no folder",
+        "a class of one's own",
+    ],
 )
 def test_what_cannot_be_filled_exactly_is_loaded_whole(two_ranks, tmp_path, make, expected):
     for words in two_ranks.run(told, *make(tmp_path)):

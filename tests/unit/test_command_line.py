@@ -108,7 +108,7 @@ DOUBTFUL = [
     ("--bf16 --lora_r 8", "write peft=lora peft.rank=8"),
     ("lora_r=8", "write peft=lora peft.rank=8"),
     ("gradient_accumulation_steps=4", "rows per optimizer step: local_batch_size x ranks x accumulation steps"),
-    ("load_in_4bit=true", "load_in_4bit is not a known key; there is no such thing here: weights are never quantized"),
+    ("load_in_4bit=true", "load_in_4bit is not a known key; write peft=qlora"),
     ("packing=true", "write packing.enabled=true"),
     ("val_set_size=0.1", "write dataset.validation_share=0.1"),
     ("model.torch_dtype=bfloat16", "write model.dtype=bfloat16"),

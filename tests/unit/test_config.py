@@ -79,7 +79,7 @@ REQUIRED = {
     "launch": {"kubernetes": ["launch.image=me/it", "launch.dry_run=true"]},
     "model": {"hf": ["model.pretrained_model_name_or_path=org/name"], "scratch": ["model.tokenizer_name_or_path=a/b"]},
     "dataset": {"jsonl": ["dataset.path=pyproject.toml"], "hf": ["dataset.path=org/name"]},
-    "peft": {name: ["model=hf", "model.pretrained_model_name_or_path=a/b"] for name in ("lora", "dora")},
+    "peft": {name: ["model=hf", "model.pretrained_model_name_or_path=a/b"] for name in ("lora", "dora", "qlora")},
     "validation_dataset": {"jsonl": ["validation_dataset.path=pyproject.toml"], "hf": ["validation_dataset.path=a/b"]},
 }
 
@@ -88,6 +88,12 @@ REQUIRED = {
 def test_every_option_of_every_group_composes(group, option, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert composed(group, option)
+
+
+@pytest.fixture(autouse=True)
+def with_every_package(monkeypatch):
+    """Have qlora composed without bitsandbytes, which has no use on a CPU."""
+    monkeypatch.setattr("automodel.models.adapter_checks.find_spec", lambda name: name)
 
 
 def composed(group: str, option: str) -> Config:
@@ -254,6 +260,7 @@ def rate_and_batch(*argv: str) -> tuple[float, int]:
         ([], (1e-5, 8)),
         (["peft=lora"], (2e-4, 16)),
         (["peft=dora"], (2e-4, 16)),
+        (["peft=qlora"], (2e-4, 16)),
         (["peft=lora", "recipe=llm_seq_cls"], (2e-4, 16)),
         (["optimizer=sgd"], (1e-3, 8)),
         (["peft=lora", "optimizer=sgd"], (2e-2, 16)),

@@ -1,12 +1,20 @@
-"""What a transformers model says about itself: its repeated decoder layers, and whether it has adapters."""
+"""What a transformers model says about itself: its layers, its number of weights, and whether it has adapters."""
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
+
+
+def num_weights(parameter: torch.Tensor) -> int:
+    """Return the number of weights in a parameter, also in one whose weights bitsandbytes has packed."""
+    quantized = getattr(parameter, "quant_state", None)
+    return parameter.numel() if quantized is None else math.prod(quantized.shape)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
