@@ -336,10 +336,10 @@ def _app_state(state: TrainState) -> dict[str, Any]:
 def _take_options(flat: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Remove the options of the parameter groups from ``flat``, the optimizer's state, and return them.
 
-    Options are the constructor's arguments and a schedule's initial rate. Everything else in the groups, such as the
-    step count of a schedule-free optimizer, is state.
+    Options are the constructor's arguments, a schedule's initial rate and the mark of a group. Everything else in the
+    groups, such as the step count of a schedule-free optimizer, is state.
     """
-    taken = {*inspect.signature(type(optimizer)).parameters, "initial_lr"}
+    taken = {*inspect.signature(type(optimizer)).parameters, "initial_lr", "is_hidden"}
     names = [key for key in flat if key.startswith("param_groups.") and key.rpartition(".")[2] in taken]
     return {name: flat.pop(name) for name in names}
 

@@ -17,7 +17,7 @@ from automodel.config.foreign_names import find_foreign
 from automodel.config.messages import pydantic_problems
 from automodel.config.names import key_hint, value_at
 from automodel.config.schema import Config
-from automodel.config.targets import check_launch_target, check_option, check_recipe, is_ours, targets_in
+from automodel.config.targets import check_launch_target, check_option, check_recipe, is_ours, targets_in, unknown_keys
 from automodel.secrets import lost_keys
 from automodel.types import UserError
 
@@ -74,10 +74,25 @@ def validate(tree: dict[str, Any], env: Mapping[str, str]) -> tuple[Config | Non
         problems += cross_checks(config, env)
     problems += [line for each in ours for line in check_option(*each, config, world_size=world_size)]
     if not problems:
+        config, theirs = _without_keys_of_the_default_loss(config, theirs)
         problems = [line for each in theirs for line in check_option(*each, config, world_size=world_size)]
     if not problems and config is not None:
         problems = check_recipe(config.recipe) + check_launch_target(config.launch["_target_"])
     return config, problems
+
+
+def _without_keys_of_the_default_loss(
+    config: Config, sections: list[tuple[str, dict[str, Any]]]
+) -> tuple[Config, list[tuple[str, dict[str, Any]]]]:
+    """Drop what a loss of the user's own has from the default option alone: untouched keys that it does not take."""
+    section = config.loss_fn
+    if is_ours(section):
+        return config, sections
+    defaults, unknown = compose_defaults()["loss_fn"], unknown_keys(section)
+    dropped = {key for key in unknown if key in defaults and section[key] == defaults[key]}
+    section = {key: value for key, value in section.items() if key not in dropped}
+    sections = [(key, section if key == "loss_fn" else each) for key, each in sections]
+    return config.model_copy(update={"loss_fn": section}), sections
 
 
 def _with_defaults_instead(tree: dict[str, Any], error: ValidationError) -> Config | None:

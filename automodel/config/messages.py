@@ -97,5 +97,7 @@ def as_yaml(value: Any) -> str:
 
 
 def _is_union_tag(part: Any) -> bool:
-    """Return whether pydantic put the member of a union that it tried into the path; no key has brackets."""
-    return isinstance(part, str) and "[" in part
+    """Return whether pydantic put the member of a union that it tried into the path: no key is called so."""
+    return isinstance(part, str) and (
+        "[" in part or part.removeprefix("constrained-") in ("bool", "int", "float", "str")
+    )

@@ -122,6 +122,16 @@ def check_option(key: str, section: dict[str, Any], cfg: Config | None, *, world
     return problems
 
 
+def unknown_keys(section: dict[str, Any]) -> set[str]:
+    """Return the keys that the section's target does not take; none where it cannot be imported."""
+    try:
+        target = resolve(section["_target_"])
+    except Exception:  # reported by check_target
+        return set()
+    parameters = _parameters(target, is_partial=bool(section.get("_partial_")), has_plain_types=is_ours(section))
+    return set() if parameters is None else {key for key in section if key not in (*_HYDRA_KEYS, *parameters)}
+
+
 def _check_keys(name: str, section: dict[str, Any]) -> tuple[list[str], set[str] | None]:
     """Return the problems and the keys that have one; None instead of keys where the target cannot be imported."""
     path = section.get("_target_")

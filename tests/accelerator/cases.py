@@ -31,7 +31,7 @@ from automodel.eval.validation import Validation, validate
 from automodel.losses.cross_entropy import CrossEntropy
 from automodel.losses.linear_cross_entropy import LinearCrossEntropy
 from automodel.losses.objective import as_objective
-from automodel.optim.optimizers import adamw, parameter_groups
+from automodel.optim.optimizers import adamw, muon, parameter_groups
 from automodel.optim.schedules import constant
 from automodel.train.flops import training_flops
 from automodel.train.loop import Evaluator, Timeouts, TrainLoop
@@ -52,16 +52,21 @@ class Case:
     world_size: int
     is_packed: bool = False
     loss: CrossEntropy = LinearCrossEntropy()  # noqa: RUF009 - frozen
+    optimizer: Callable[..., torch.optim.Optimizer] = adamw
 
 
 CASES = {
     "fsdp2, padded": Case(FSDP2(mixed_precision="bf16", activation_checkpointing=True), 8),
     "fsdp2, packed": Case(FSDP2(mixed_precision="bf16"), 8, is_packed=True),
+    "fsdp2, selective": Case(FSDP2(mixed_precision="bf16", activation_checkpointing="selective"), 8),
+    "fsdp2, on the host": Case(FSDP2(mixed_precision="bf16", activation_offload=True), 8),
+    "fsdp2, muon": Case(FSDP2(mixed_precision="bf16"), 8, optimizer=muon),
     "fsdp2, offloaded": Case(FSDP2(cpu_offload=True), 8),
     "fsdp2, all logits": Case(FSDP2(mixed_precision="bf16"), 8, loss=CrossEntropy()),
     "fsdp2 tp 2": Case(FSDP2(tp_size=2), 8, loss=LinearCrossEntropy(label_smoothing=0.1, z_loss=1e-4, chunk_size=4)),
     "ddp alone": Case(DDP(mixed_precision="bf16"), 1),
     "ddp": Case(DDP(mixed_precision="bf16"), 8),
+    "ddp, on the host": Case(DDP(mixed_precision="bf16", activation_checkpointing=2, activation_offload=True), 1),
 }
 
 
@@ -83,7 +88,7 @@ def run(case: Case) -> dict[str, Any]:
         model = case.strategy.parallelize(on_device(tiny_llama(), info.device), dist_info=info, mesh=mesh)
         if dist.get_world_size() > 1 and isinstance(case.strategy, DDP):
             model.register_comm_hook(None, given_back)
-        optimizer = adamw(parameter_groups(model), lr=1e-3)
+        optimizer = case.optimizer(parameter_groups(model), lr=1e-3)
         objective = as_objective(case.loss)
         config = StepConfig(info.device, dp.group, True, 1.0, lambda: case.strategy.autocast(info.device))
         records: list[dict[str, Any]] = []

@@ -14,7 +14,10 @@ import torch
 from tests.conftest import ROOT
 
 TRIED = ("2.13",)
-LAYOUTS = ["fsdp2, padded", "fsdp2, packed", "fsdp2, all logits", "ddp alone", "ddp"]
+LAYOUTS = [
+    "fsdp2, padded", "fsdp2, packed", "fsdp2, all logits", "fsdp2, selective", "fsdp2, on the host", "fsdp2, muon",
+    "ddp alone", "ddp", "ddp, on the host",
+]  # fmt: skip
 LOGGED_STEPS, VALIDATIONS = 2, 1  # of three steps, the first and the last
 
 TORCHS_OWN = {"ddp": 2}

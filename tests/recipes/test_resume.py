@@ -65,6 +65,27 @@ def test_dropout_goes_on_to_the_last_bit(stories, tmp_path, name):
     assert losses[0] == losses[1]
 
 
+OPTIMIZERS = {
+    "adafactor": ["optimizer=adafactor"],
+    "muon": ["optimizer=muon"],
+    "muon, sharded": ["optimizer=muon", "launch.nproc_per_node=2", "distributed=fsdp2"],
+    "8 bits": ["optimizer=adamw_8bit"],
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_continues_to_the_last_bit(tmp_path, name):
+    if name == "8 bits":
+        pytest.importorskip("bitsandbytes")
+    argv = [*FAST, *OPTIMIZERS[name], "step_scheduler.max_steps=4", "step_scheduler.ckpt_every_steps=2"]
+    whole = tmp_path / "whole"
+    run(*argv, f"output_dir={whole}")
+    again = cut_back(whole, tmp_path / "again", to_step=2)
+    run(*argv, f"output_dir={again}")
+    assert [numbers(record) for record in records(again)] == [numbers(record) for record in records(whole)]
+    assert weights(again) == weights(whole)
+
+
 @pytest.mark.parametrize("optimizer", [["optimizer=sgd", "optimizer.momentum=0.9"], ["optimizer=adamw"]],
                          ids=["sgd", "adamw"])  # fmt: skip
 def test_a_checkpoint_of_fused_kernels_goes_on_sharded(tmp_path, optimizer):

@@ -60,7 +60,7 @@ def test_one_curve_in_every_layout_and_after_a_resume_in_another(base, tmp_path,
 
 @pytest.mark.parametrize("stream", [[], ["dataset.streaming=true", "dataset.buffer_rows=50"]], ids=["rows", "stream"])
 def test_dealing_the_rows_of_a_step_by_length_changes_only_the_padding(base, tmp_path, stream):
-    argv = [*base, *stream, "step_scheduler.max_steps=4", "step_scheduler.local_batch_size=2"]
+    argv = [*base, *stream, "dataset.max_length=256", "step_scheduler.max_steps=4", "step_scheduler.local_batch_size=2"]
     run(*argv, f"output_dir={tmp_path}/dealt")
     run(*argv, "dataloader.sort_within_step=false", f"output_dir={tmp_path}/as_drawn")
     assert_close(curve(tmp_path / "dealt"), curve(tmp_path / "as_drawn"))

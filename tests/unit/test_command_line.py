@@ -92,7 +92,7 @@ DOUBTFUL = [
     ("peft=none peft.rank=8", "peft.rank: nothing is chosen for peft; add peft=dora|lora"),
     ("launch.nodes=2", "launch.nodes is not an option of LocalLaunch; launch=kubernetes has it, launch=slurm too"),
     ("launch.partition=gpu", "launch=slurm has it"),
-    ("optimizer.momentum=0.9", "optimizer.momentum is not an option of adamw; optimizer=sgd has it"),
+    ("optimizer.momentum=0.9", "momentum is not an option of adamw; optimizer=muon has it, optimizer=sgd too"),
     ("model=gpt2", "one of the hub is model=hf model.pretrained_model_name_or_path=gpt2"),
     ("model=hff", "did you mean hf?"),
     ("experiment=mine.yaml", "a file is given by itself: mine.yaml"),

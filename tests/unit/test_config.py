@@ -92,8 +92,9 @@ def test_every_option_of_every_group_composes(group, option, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def with_every_package(monkeypatch):
-    """Have qlora composed without bitsandbytes, which has no use on a CPU."""
+    """Have qlora and adamw_8bit composed without bitsandbytes, which has no use on a CPU."""
     monkeypatch.setattr("automodel.models.adapter_checks.find_spec", lambda name: name)
+    monkeypatch.setattr("automodel.optim.optimizers.find_spec", lambda name: name)
 
 
 def composed(group: str, option: str) -> Config:

@@ -92,6 +92,17 @@ WRONG = [
     ("distributed=megatron_fsdp distributed.mixed_precision=pure_bf16", "must be one of auto, bf16 or float32"),
     ("dataset.truncation=rigth", "did you mean right?"),
     ("distributed.mixed_precision=fp8", "must be one of auto, bf16, float32 or pure_bf16"),
+    (
+        "distributed.activation_checkpointing=ful",
+        "activation_checkpointing=ful must be true or false or one of full or selective or a whole number; did you",
+    ),
+    (
+        "distributed.activation_offload=true distributed.activation_checkpointing=selective",
+        "choose activation_checkpointing=full or false",
+    ),
+    ("optimizer=adafactor distributed=fsdp2", "does not take the sharded weights of distributed=fsdp2"),
+    ("optimizer=muon distributed=megatron_fsdp", "choose distributed=ddp or fsdp2, or optimizer=adamw"),
+    ("optimizer=adafactor optimizer.beta2_decay=0.5", "must be at most 0"),
     ("dist_env.backend=ncll", "did you mean nccl?"),
     ("dist_env.timeout_minutes=0", "must be more than 0"),
     ("optimizer.lr=abc", "optimizer.lr=abc must be a number"),

@@ -8,8 +8,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from automodel.distributed.parallel.activations import (
+    ActivationCheckpointing,
+    activation_problems,
+    enable_activation_checkpointing,
+)
 from automodel.distributed.parallel.handle import Handle, register_handle
-from automodel.distributed.parallel.layers import enable_activation_checkpointing
 from automodel.distributed.parallel.precision import MixedOrPurePrecision, compute_dtype, precision_problems
 from automodel.distributed.parallel.strategy import Strategy, build_mesh
 from automodel.types import UserError
@@ -30,7 +34,8 @@ class DDP(Strategy):
 
     defer_grad_sync: bool = True
     mixed_precision: MixedOrPurePrecision = "auto"
-    activation_checkpointing: bool = False
+    activation_checkpointing: ActivationCheckpointing = False
+    activation_offload: bool = False
 
     name = "ddp"
 
@@ -38,6 +43,7 @@ class DDP(Strategy):
     def problems(section: dict[str, Any], cfg: Config, *, key: str, world_size: int) -> Iterator[str]:
         """Yield what does not fit together; see ``config/targets.py``."""
         yield from precision_problems(section, cfg)
+        yield from activation_problems(section)
 
     def build_mesh(self, dist_info: DistInfo) -> DeviceMesh:
         """Return the mesh of replicas; every rank must call it."""
@@ -48,8 +54,8 @@ class DDP(Strategy):
         from torch.nn.parallel import DistributedDataParallel
 
         model.to(dist_info.device)
-        if self.activation_checkpointing:
-            enable_activation_checkpointing(model)
+        offload_from = dist_info.device if self.activation_offload else None
+        enable_activation_checkpointing(model, self.activation_checkpointing, offload_from=offload_from)
         if dist_info.world_size == 1:
             return model
         device_ids = [dist_info.device.index] if dist_info.device.type == "cuda" else None

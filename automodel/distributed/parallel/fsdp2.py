@@ -9,8 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import PositiveInt
 
+from automodel.distributed.parallel.activations import (
+    ActivationCheckpointing,
+    activation_problems,
+    enable_activation_checkpointing,
+)
 from automodel.distributed.parallel.handle import Handle, register_handle, without_compile
-from automodel.distributed.parallel.layers import decoder_layers, enable_activation_checkpointing
+from automodel.distributed.parallel.layers import decoder_layers
 from automodel.distributed.parallel.precision import MixedOrPurePrecision, compute_dtype, precision_problems
 from automodel.distributed.parallel.strategy import (
     REPLICATE_AXIS,
@@ -43,7 +48,8 @@ class FSDP2(Strategy):
     reshard_after_forward: bool = True
     num_prefetched_layers: PositiveInt = 1
     cpu_offload: bool = False
-    activation_checkpointing: bool = False
+    activation_checkpointing: ActivationCheckpointing = False
+    activation_offload: bool = False
 
     name = "fsdp2"
     is_sharded = True
@@ -53,6 +59,7 @@ class FSDP2(Strategy):
         """Yield what does not fit together; see ``config/targets.py``."""
         yield from mesh_problems(section, world_size=world_size)
         yield from precision_problems(section, cfg)
+        yield from activation_problems(section)
         if section.get("sequence_parallel") and section.get("tp_size") == 1:
             yield "distributed.sequence_parallel=true splits what tensor parallel leaves whole: set distributed.tp_size"
 
@@ -80,8 +87,8 @@ class FSDP2(Strategy):
 
         if self.tp_size > 1:
             apply_tensor_parallel(model, mesh[TP_AXIS], sequence_parallel=self.sequence_parallel)
-        if self.activation_checkpointing:
-            enable_activation_checkpointing(model)
+        offload_from = dist_info.device if self.activation_offload else None
+        enable_activation_checkpointing(model, self.activation_checkpointing, offload_from=offload_from)
         dtype = compute_dtype(self.mixed_precision, dist_info.device)
         precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         has_accelerator = dist_info.device.type != "cpu"

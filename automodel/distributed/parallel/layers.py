@@ -34,11 +34,6 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in found if id(module) not in inside]
 
 
-def enable_activation_checkpointing(model: nn.Module) -> None:
-    """Recompute the activations of every decoder layer in the backward instead of keeping them."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
 def is_peft_model(model: nn.Module) -> bool:
     """Return whether ``model`` is PEFT's wrapper of a model with adapters; imports nothing."""
     package = sys.modules.get("peft")

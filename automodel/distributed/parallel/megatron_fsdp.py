@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import PositiveInt
 
+from automodel.distributed.parallel.activations import ActivationCheckpointing, enable_activation_checkpointing
 from automodel.distributed.parallel.handle import Handle, register_handle
-from automodel.distributed.parallel.layers import decoder_layers, enable_activation_checkpointing
+from automodel.distributed.parallel.layers import decoder_layers
 from automodel.distributed.parallel.precision import MixedPrecision, compute_dtype, convert_weights_, precision_problems
 from automodel.distributed.parallel.strategy import (
     REPLICATE_AXIS,
@@ -43,7 +44,7 @@ class MegatronFSDP(Strategy):
     mixed_precision: MixedPrecision = "auto"
     dp_replicate_size: PositiveInt = 1
     shard_optimizer_over_replicas: bool = False
-    activation_checkpointing: bool = False
+    activation_checkpointing: ActivationCheckpointing = False
 
     name = "megatron_fsdp"
     is_sharded = True
@@ -78,8 +79,7 @@ class MegatronFSDP(Strategy):
         import torch
         from megatron_fsdp import MixedPrecisionPolicy, fully_shard_model
 
-        if self.activation_checkpointing:
-            enable_activation_checkpointing(model)
+        enable_activation_checkpointing(model, self.activation_checkpointing)
         dtype = compute_dtype(self.mixed_precision, dist_info.device)
         if dtype is not None:
             convert_weights_(model, dtype)
